@@ -1,0 +1,68 @@
+"""What a user reads after a run, and the files it leaves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+
+class Summary(Callback):
+    """After a run print the metrics before and after and a few raw continuations, and write them to the run folder.
+
+    ``metrics.json`` holds ``{"before": {name: value}, "after": {name: value}}``, ``samples.json`` the continuations and
+    ``provenance.json`` what the edited weights come from.
+    """
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report, unless Lightning is only checking that validation works."""
+        if not trainer.sanity_checking:
+            self._report(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report."""
+        self._report(trainer, pl_module)
+
+    def _report(self, trainer: Trainer, pl_module: Any) -> None:
+        results = pl_module.results
+        if not trainer.is_global_zero or not results["after"]:
+            return
+        samples = pl_module.measurement.samples
+        if trainer.log_dir is not None:
+            folder = Path(trainer.log_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in (
+                ("metrics.json", results),
+                ("samples.json", samples),
+                ("provenance.json", pl_module.provenance()),
+            ):
+                (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        console = Console()
+        console.print(metrics_table(results))
+        console.print(samples_table(samples))
+        if trainer.log_dir is not None:
+            console.print(f"Run folder: {trainer.log_dir}", soft_wrap=True)
+
+
+def metrics_table(results: dict[str, dict[str, float]]) -> Table:
+    """Each metric before and after."""
+    table = Table(title="Before and after the edits")
+    table.add_column("metric")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right")
+    for name, after in results["after"].items():
+        before = results["before"].get(name)
+        table.add_row(name, "" if before is None else f"{before:.3f}", f"{after:.3f}")
+    return table
+
+
+def samples_table(samples: list[dict[str, str]]) -> Table:
+    """Raw continuations side by side."""
+    table = Table(title="Greedy continuations")
+    for column in ("request", "before", "after"):
+        table.add_column(column, ratio=1, overflow="fold")
+    for sample in samples:
+        table.add_row(sample["request"], sample["before"].strip(), sample["after"].strip())
+    return table

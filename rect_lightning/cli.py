@@ -1,0 +1,104 @@
+"""The command line: Lightning's fit, validate, test and predict, and what only this tool does."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+from rect_lightning.callbacks.summary import Summary
+from rect_lightning.data import EditData
+from rect_lightning.editors import Editor
+
+
+class EditTrainer(Trainer):
+    """A Trainer that can also do what comes before an edit."""
+
+    def moments(self, model: Editor) -> None:
+        """Estimate the second moments that an editor needs and cache them, without editing anything.
+
+        Args:
+            model: The editor.
+        """
+        self.strategy.connect(model)
+        model.trainer = self
+        model.configure_model()
+        model.to(self.strategy.root_device)
+        model.prepare_moments()
+
+
+class EditCLI(LightningCLI):
+    """LightningCLI with the package's configurations, and a run folder with all that a run leaves."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's subcommands, and ``moments``."""
+        return {**LightningCLI.subcommands(), "moments": {"model"}}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, after giving the names of shipped configurations their paths."""
+        if args is None:
+            args = sys.argv[1:]
+        if isinstance(args, list):
+            self.config = parser.parse_args(with_shipped_configs(args))
+        else:
+            super().parse_arguments(parser, args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One pass over the requests, logged at every edit operation."""
+        parser.set_defaults({"trainer.max_epochs": 1, "trainer.log_every_n_steps": 1, "trainer.num_sanity_val_steps": 0})
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line."""
+    EditCLI(
+        Editor,
+        EditData,
+        trainer_class=EditTrainer,
+        subclass_mode_model=True,
+        trainer_defaults={
+            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": None}},
+            "callbacks": [ModelCheckpoint(filename="edited", save_last=True), Summary()],
+        },
+        save_config_kwargs={"overwrite": True},
+        args=args,
+    )
+
+
+def configs_folder() -> Path:
+    """The folder of the configurations that come with the package."""
+    package = Path(__file__).parent
+    inside = package / "configs"  # in an installed wheel; in a checkout they lie beside the package
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def with_shipped_configs(args: Sequence[str]) -> list[str]:
+    """Arguments in which ``--config NAME`` points to the package's own configuration, where no file NAME is at hand.
+
+    Raises:
+        SystemExit: A named configuration is neither.
+    """
+    found: list[str] = []
+    for i, arg in enumerate(args):
+        flag, equals, value = arg.partition("=")
+        if equals and flag in ("--config", "-c"):
+            found.append(f"{flag}={_config(value)}")
+        elif i and args[i - 1] in ("--config", "-c"):
+            found.append(_config(arg))
+        else:
+            found.append(arg)
+    return found
+
+
+def _config(name: str) -> str:
+    # what does not end like a file may be a configuration written out, which jsonargparse takes too
+    if Path(name).is_file() or not name.endswith((".yaml", ".yml")):
+        return name
+    shipped = configs_folder() / name
+    if shipped.is_file():
+        return str(shipped)
+    names = ", ".join(sorted(path.name for path in configs_folder().glob("*.yaml")))
+    sys.exit(f"There is no file {name} here, nor a configuration of that name in the package, which has: {names}.")

@@ -1,0 +1,334 @@
+"""An editor as a LightningModule: one batch of requests is one edit operation, each step of the optimizer an update."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from rect_lightning.data.request import EditRequest
+from rect_lightning.editors.measure import Measurement, prose_path, with_perplexity
+from rect_lightning.models import Adapter, Source, adapter_for
+from rect_lightning.models.fingerprint import weights_fingerprint
+from rect_lightning.solving.relative_change import change_statistics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Editor(LightningModule, ABC):
+    """What all editing methods share; a method adds `compute_update`.
+
+    Optimisation is manual. For each edited layer a surrogate loss whose gradient is exactly ``-ΔW`` is differentiated and
+    SGD makes the step, so that callbacks see the update in ``on_before_optimizer_step`` and can mask it, and the next
+    layer is computed from what they left. The edited weights are in fp32 and all others are frozen.
+
+    Args:
+        base: The model to edit.
+        layers: The layers whose MLP down projections are edited, counted from 0.
+        mode: sequential lets edits pile up; single starts each operation from the clean model, measures it and puts the
+            clean weights back.
+        step_per: layer takes an optimizer step for each layer, so that a layer is computed after a regulariser has masked
+            the ones before it; operation takes one step for all layers at the end, as public code does.
+        strength: Learning rate of the step, 1 for the update as computed.
+        statistics: Values of δ = \\|ΔW/W\\| of which to log the share of entries above, for the change since the clean model.
+        prose: A text file whose perplexity is measured before and after the edits, "prose" for the one that comes with this
+            package, null for none. Single mode has no edited model to measure in the end and leaves it out.
+
+    Raises:
+        ValueError: The strength is not positive.
+        FileNotFoundError: There is no such text.
+    """
+
+    adapter: Adapter | None
+
+    def __init__(
+        self,
+        *,
+        base: Source,
+        layers: list[int],
+        mode: Literal["sequential", "single"] = "sequential",
+        step_per: Literal["layer", "operation"] = "layer",
+        strength: float = 1.0,
+        statistics: tuple[float, ...] = (0.077, 0.171),
+        prose: str | None = "prose",
+    ) -> None:
+        super().__init__()
+        if strength <= 0:
+            raise ValueError(f"strength scales the update and must be positive; got {strength}.")
+        if prose is not None:
+            prose_path(prose)
+        self.automatic_optimization = False
+        self.strict_loading = False  # a checkpoint holds the edited weights alone
+        self.base, self.layers, self.mode, self.step_per, self.strength = base, list(layers), mode, step_per, strength
+        self.statistics = list(statistics)
+        self.adapter = None
+        self.clean: dict[int, Tensor] = {}
+        self.operations = 0
+        self.done: list[str] = []
+        self.prose = prose
+        self.measurement = Measurement()
+        self.results: dict[str, dict[str, float]] = {"before": {}, "after": {}}
+
+    # The model ---------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the base model, once."""
+        if self.adapter is None:
+            self.attach(*self.base.load())
+
+    def attach(self, network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Edit this model, instead of loading `base`. Its weights as they stand now count as the clean ones.
+
+        Raises:
+            ValueError: The family is unknown or does not have the layers.
+            TypeError: A weight to edit is not in fp32.
+        """
+        adapter = adapter_for(network, tokenizer)
+        adapter.check_layers(self.layers)
+        network.eval().requires_grad_(False)
+        for layer in self.layers:
+            weight = adapter.weight(layer)
+            if weight.dtype != torch.float32:
+                raise TypeError(
+                    f"{adapter.projection_name(layer)} is in {weight.dtype}; edited weights have to be torch.float32, since "
+                    "small updates are lost to rounding otherwise. Load the model in float32."
+                )
+            weight.requires_grad_(True)
+        self.adapter = adapter
+        self.network = network
+        self.fingerprint = weights_fingerprint(network)
+        self.clean = {layer: adapter.weight(layer).detach().clone() for layer in self.layers}
+
+    @property
+    def model(self) -> Adapter:
+        """The loaded model's adapter.
+
+        Raises:
+            RuntimeError: Nothing is loaded yet.
+        """
+        if self.adapter is None:
+            raise RuntimeError("No model is loaded yet: the Trainer loads it, or call configure_model() or attach().")
+        return self.adapter
+
+    @contextmanager
+    def clean_weights(self) -> Iterator[None]:
+        """Inside, the model has its clean weights. What it had comes back at the end; nothing is copied."""
+        edited = {layer: self.model.weight(layer).data for layer in self.layers}
+        for layer in self.layers:
+            self.clean[layer] = self.clean[layer].to(edited[layer].device)
+            self.model.weight(layer).data = self.clean[layer]
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                self.model.weight(layer).data = edited[layer]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the clean weights back, bit for bit."""
+        for layer in self.layers:
+            self.model.weight(layer).copy_(self.clean[layer])
+
+    def is_clean(self) -> bool:
+        """Whether no weight differs from the base model."""
+        return all(torch.equal(self.model.weight(n).cpu(), clean.cpu()) for n, clean in self.clean.items())
+
+    @property
+    def show_progress(self) -> bool:
+        """Whether bars inside a step are shown: as the Trainer's own, on the first process."""
+        return self._trainer is not None and self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
+
+    # An edit operation -------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Optimizer:
+        """Plain SGD over the edited weights: the step adds ``strength · ΔW``."""
+        return SGD([self.model.weight(layer) for layer in self.layers], lr=self.strength)
+
+    def on_fit_start(self) -> None:
+        """Prepare what all operations share, from the clean model."""
+        with self.clean_weights(), self._full_precision():
+            self.prepare()
+
+    def prepare(self) -> None:
+        """Compute what all operations share. The model has its clean weights."""
+
+    @abstractmethod
+    def begin(self, requests: Sequence[EditRequest]) -> Any:
+        """Compute what an operation needs once, whatever the number of layers; given to `compute_update`."""
+
+    @abstractmethod
+    def compute_update(self, layer: int, requests: Sequence[EditRequest], state: Any) -> Tensor:
+        """The method's update ``ΔW`` of a layer, ``[out, in]``, from the model as it stands now."""
+
+    def training_step(self, batch: list[EditRequest], batch_idx: int) -> None:
+        """Edit one batch of requests. Either the whole operation is made or, if anything fails, nothing of it."""
+        start = time.perf_counter()
+        with self._all_or_nothing(), self._full_precision():
+            state = self.begin(batch)
+            if self.step_per == "layer":
+                for layer in self.layers:
+                    self._step({layer: self._update(layer, batch, state)})
+            else:
+                self._step(self._updates_of_all_layers(batch, state))
+        self.operations += 1
+        self.done += [request.id for request in batch]
+        self.log("edit/seconds", time.perf_counter() - start, batch_size=len(batch))
+        self.log("edit/requests", float(len(self.done)), batch_size=len(batch), prog_bar=True)
+        for layer in self.layers:
+            weight, clean = self.model.weight(layer).detach(), self.clean[layer].to(self.device)
+            statistics = change_statistics(weight - clean, clean, self.statistics)
+            self.log_dict({f"change/{layer}/{key}": value for key, value in statistics.items()}, batch_size=len(batch))
+
+    def _update(self, layer: int, requests: Sequence[EditRequest], state: Any) -> Tensor:
+        """The update in the weight's own orientation and precision."""
+        with torch.no_grad():
+            update = self.compute_update(layer, requests, state)
+            update = self.model.oriented(layer, update).to(self.model.weight(layer))
+        if not update.isfinite().all():
+            ids = ", ".join(request.id for request in requests)
+            raise RuntimeError(
+                f"The update of layer {layer} for the requests {ids} is not finite. The weights are as before this operation."
+            )
+        return update
+
+    def _updates_of_all_layers(self, requests: Sequence[EditRequest], state: Any) -> dict[int, Tensor]:
+        """Each layer's update, computed with those of the layers before it in place."""
+        before = {layer: self.model.weight(layer).detach().clone() for layer in self.layers}
+        updates = {}
+        for layer in self.layers:
+            updates[layer] = self._update(layer, requests, state)
+            self.model.weight(layer).data.add_(updates[layer], alpha=self.strength)
+        for layer, weight in before.items():
+            self.model.weight(layer).data.copy_(weight)
+        return updates
+
+    def _step(self, updates: dict[int, Tensor]) -> None:
+        """One optimizer step, on the surrogate ``-Σ ⟨ΔW, W⟩`` whose gradient is ``-ΔW``."""
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        terms = [-(update * self.model.weight(layer)).sum() for layer, update in updates.items()]
+        self.manual_backward(torch.stack(terms).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        before = {layer: self.model.weight(layer).detach().clone() for layer in self.layers}
+        try:
+            yield
+        except BaseException:
+            for layer, weight in before.items():
+                self.model.weight(layer).data.copy_(weight)
+            raise
+
+    def _full_precision(self) -> torch.autocast:
+        """Keys, moments and solves are computed as written, whatever the Trainer's precision."""
+        return torch.autocast(self.device.type, enabled=False)
+
+    def on_train_batch_end(self, outputs: Any, batch: list[EditRequest], batch_idx: int) -> None:
+        """In single mode, measure this operation and put the clean weights back."""
+        if self.mode == "single":
+            self.measurement.add(self, batch)
+            self.restore()
+
+    def on_fit_end(self) -> None:
+        """Refuse to pass off the base model as an edited one.
+
+        Raises:
+            RuntimeError: Sequential edits were made and no weight differs from the base model.
+        """
+        if self.mode == "sequential" and self.operations and self.is_clean():
+            raise RuntimeError(
+                f"After {self.operations} edit operations no weight differs from the base model. Is a regulariser's keep, "
+                "or the editor's strength, so small that nothing is left of the updates?"
+            )
+
+    # Measuring ---------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start measuring anew, except after a fit in single mode, which has measured as it went."""
+        if not self._measured_while_editing:
+            self.measurement = Measurement()
+
+    def validation_step(self, batch: list[EditRequest], batch_idx: int) -> None:
+        """Measure the requests on the clean model and on the edited one."""
+        if not self._measured_while_editing:
+            self.measurement.add(self, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log all metrics, as ``before/…`` and ``after/…``."""
+        self.results = self.measurement.compute()
+        if self.prose is not None and not self._measured_while_editing:
+            self.results = with_perplexity(self, self.results, self.prose)
+        for when, values in self.results.items():
+            self.log_dict({f"{when}/{name}": value for name, value in values.items()}, rank_zero_only=True)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    @property
+    def _measured_while_editing(self) -> bool:
+        return self.mode == "single" and self.trainer.state.fn == "fit"
+
+    def predict_step(self, batch: list[str], batch_idx: int) -> list[dict[str, str]]:
+        """Continue prompts greedily before and after the edits: ``{"prompt", "before", "after"}`` for each."""
+        return self.continuations(batch)
+
+    def continuations(self, prompts: Sequence[str], *, max_new_tokens: int = 20) -> list[dict[str, str]]:
+        """Greedy continuations by the clean and by the edited model."""
+        from rect_lightning.metrics import generate
+
+        with self.clean_weights():
+            before = generate(self.model, prompts, max_new_tokens=max_new_tokens)
+        after = generate(self.model, prompts, max_new_tokens=max_new_tokens)
+        return [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)]
+
+    # Checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the edited weights alone, and what they are the edit of."""
+        names = {f"network.{self.model.projection_name(layer)}.weight" for layer in self.layers}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
+        checkpoint["rect_lightning"] = self.provenance()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is one of this base model and these layers, and go on counting where it stopped.
+
+        Raises:
+            ValueError: It is not an edit checkpoint, or one of another base model or other layers.
+        """
+        told = checkpoint.get("rect_lightning")
+        if told is None:
+            raise ValueError("This checkpoint is not one of an editor: it names no base model.")
+        if told["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"This checkpoint edits {told['base']['name']} (weights {told['fingerprint'][:12]}); the model loaded is "
+                f"{self.base.name} (weights {self.fingerprint[:12]}). Load it with the base model it was made from."
+            )
+        if told["layers"] != self.layers:
+            raise ValueError(f"This checkpoint edits layers {told['layers']}, the configuration says {self.layers}.")
+        self.operations, self.done = told["operations"], list(told["requests"])
+
+    def provenance(self) -> dict[str, Any]:
+        """What the edited weights come from, in plain values."""
+        from rect_lightning.provenance import versions
+
+        return {
+            "editor": type(self).__name__,
+            "base": {"name": self.base.name, "file": self.base.file, "revision": self.base.revision},
+            "fingerprint": self.fingerprint,
+            "layers": self.layers,
+            "mode": self.mode,
+            "step_per": self.step_per,
+            "strength": self.strength,
+            "operations": self.operations,
+            "requests": self.done,
+            "versions": versions(),
+        }

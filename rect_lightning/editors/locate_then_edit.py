@@ -1,0 +1,97 @@
+"""What ROME, MEMIT and their kin share: a target value for each request, keys over prefixes, and the moments."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rect_lightning.cache import cache_dir
+from rect_lightning.data.request import EditRequest
+from rect_lightning.editors.base import Editor
+from rect_lightning.solving.blocks import Tail
+from rect_lightning.solving.keys import SubjectStates, subject_states
+from rect_lightning.solving.moments import Moments, second_moments
+from rect_lightning.solving.prefixes import Prefixes
+from rect_lightning.solving.solvers import Factored
+from rect_lightning.solving.texts import key_rows, search_rows
+from rect_lightning.solving.values import TargetValues, ValueSearch, search_values
+
+
+class LocateThenEdit(Editor):
+    """Editors that search for a target value at the last edited layer and solve for the weights in closed form.
+
+    Args:
+        search: Hyper-parameters of the target value search.
+        prefixes: Texts before the prompt over which keys and the search are averaged.
+        moments: Where the second moments C of the keys come from; null to leave C out.
+        **kwargs: What every editor takes, see `Editor`.
+    """
+
+    relative_to: str = "stream"
+    """What the offset's norm is measured against, see `search_values`."""
+
+    def __init__(
+        self,
+        *,
+        search: ValueSearch = ValueSearch(),  # noqa: B008 - frozen
+        prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
+        moments: Moments | None = Moments(),  # noqa: B008 - frozen
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.search, self.prefixes, self.moments = search, prefixes, moments
+        self.templates: tuple[str, ...] = ()
+        self.factors: dict[int, Factored] = {}
+        self.tail: Tail | None = None
+
+    def prepare(self) -> None:
+        """Prefixes, the factored moments of each layer, and the part of the model that the search runs."""
+        self.templates = self.templates or self.prefixes.resolve(self.model)
+        self.prepare_moments()
+        bf16 = "bf16" in str(self.trainer.precision)
+        self.tail = Tail(self.model, self.layers[-1], torch.bfloat16 if bf16 else torch.float32)
+
+    def prepare_moments(self) -> None:
+        """Load the moments or estimate them, and factor them; they are cached, so this is slow once."""
+        if self.moments is not None and not self.factors:
+            found = second_moments(
+                self.model, self.layers, self.moments, fingerprint=self.fingerprint, cache=cache_dir(), show_progress=self.show_progress
+            )
+            self.factors = {layer: Factored(c, f"The second moment of layer {layer}") for layer, c in found.items()}
+
+    def begin(self, requests: Sequence[EditRequest]) -> TargetValues:
+        """Search for the requests' target values."""
+        assert self.tail is not None
+        values = search_values(
+            self.model,
+            self.tail,
+            search_rows(self.model, requests, self.templates),
+            self.search,
+            relative_to=self.relative_to if self.model.writes_to_stream else "value",
+            show_progress=self.show_progress,
+        )
+        losses = values.losses.nan_to_num(torch.inf).min(dim=1).values
+        self.log("edit/search_loss", losses.mean(), batch_size=len(requests))
+        return values
+
+    def states(self, layer: int, requests: Sequence[EditRequest], templates: Sequence[str]) -> SubjectStates:
+        """Activations at the subject in each template, all templates of the first request first."""
+        rows = key_rows(self.model, requests, templates)
+        return subject_states(self.model, rows, layer, show_progress=self.show_progress)
+
+    def mean_keys(self, layer: int, requests: Sequence[EditRequest], weights: Tensor) -> tuple[Tensor, SubjectStates]:
+        """Keys averaged over the templates with these weights, ``[requests, in]``, and the states they come from."""
+        states = self.states(layer, requests, self.templates)
+        keys = states.key.view(len(requests), len(self.templates), -1)
+        return torch.einsum("rtk,t->rk", keys, weights.to(keys)), states
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the prefixes too, so that a resumed run uses the same ones."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["rect_lightning"]["templates"] = list(self.templates)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the prefixes up again."""
+        super().on_load_checkpoint(checkpoint)
+        self.templates = tuple(checkpoint["rect_lightning"]["templates"])

@@ -1,0 +1,75 @@
+"""Measuring an editor's requests, before and after, in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rect_lightning.data.request import EditRequest
+from rect_lightning.metrics import EditMetrics, evaluate, perplexity
+
+if TYPE_CHECKING:
+    from rect_lightning.editors.base import Editor
+
+
+class Measurement:
+    """Accumulates the metrics of the clean and of the edited model over the same requests.
+
+    Both are measured side by side on the same prompts, with the clean weights swapped in for the one, so "before" cannot
+    be the edited model, nor an older state or another selection of requests.
+
+    Args:
+        samples: For how many requests to keep the raw continuations.
+    """
+
+    def __init__(self, samples: int = 5) -> None:
+        self.before, self.after = EditMetrics(), EditMetrics()
+        self.samples: list[dict[str, str]] = []
+        self._wanted = samples
+
+    def add(self, editor: Editor, requests: Sequence[EditRequest]) -> None:
+        """Measure requests on the editor's model as it stands, and clean."""
+        with editor.clean_weights():
+            clean = evaluate(editor.model, requests, show_progress=editor.show_progress)
+        after = evaluate(editor.model, requests, show_progress=editor.show_progress)
+        self.before.to(editor.device).update(clean, clean)
+        self.after.to(editor.device).update(after, clean)
+        shown = requests[: self._wanted - len(self.samples)]
+        if shown:
+            self.samples += [
+                {"request": f"{request.text} → {request.target_new}", **sample}
+                for request, sample in zip(shown, editor.continuations([r.text for r in shown]), strict=True)
+            ]
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """``{"before": {name: value}, "after": {name: value}}``, reduced over processes."""
+        return {
+            when: {name: float(value) for name, value in metrics.compute().items()}
+            for when, metrics in (("before", self.before), ("after", self.after))
+        }
+
+
+def prose_path(prose: str) -> Path:
+    """The text file to measure perplexity on; ``"prose"`` names the one that comes with the package.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    path = Path(__file__).parent.parent / "data" / "prose.txt" if prose == "prose" else Path(prose)
+    if not path.is_file():
+        raise FileNotFoundError(f"model.prose: there is no text file {path.resolve()}; name one, or null for no perplexity.")
+    return path
+
+
+def with_perplexity(
+    editor: Editor, results: dict[str, dict[str, float]], prose: str
+) -> dict[str, dict[str, float]]:
+    """Results with the perplexity of a text, ``perplexity/<name of the file>``, under the clean and the edited weights."""
+    path = prose_path(prose)
+    text, name = path.read_text(encoding="utf-8"), f"perplexity/{path.stem}"
+    context = min(512, editor.model.context_length)
+    with editor.clean_weights():
+        before = perplexity(editor.model, text, context=context, show_progress=editor.show_progress)
+    after = perplexity(editor.model, text, context=context, show_progress=editor.show_progress)
+    return {"before": {**results["before"], name: before}, "after": {**results["after"], name: after}}

@@ -1,0 +1,69 @@
+"""Perplexity of a text: what an edit may not cost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from rect_lightning.metrics.forward import hidden_states, measuring, token_batches, token_log_probs
+from rect_lightning.progress import track
+
+if TYPE_CHECKING:
+    from rect_lightning.models import Adapter
+
+
+def perplexity(
+    adapter: Adapter,
+    text: str,
+    *,
+    context: int = 512,
+    limit: int | None = None,
+    tokens_per_batch: int = 4096,
+    show_progress: bool = False,
+) -> float:
+    """Exponential of the mean negative log-likelihood of a text's tokens, in chunks that do not overlap.
+
+    The text is tokenised once and cut into chunks of ``context`` tokens, the last one shorter. Each chunk is read alone
+    and its first token is not scored. Where the tokenizer puts a BOS token before a text, each chunk starts with one,
+    which is among the ``context`` tokens: some models give nonsense without it. Then every token of the text is scored.
+
+    Args:
+        adapter: The model and its tokenizer.
+        text: A text of any length.
+        context: Tokens of a chunk.
+        limit: Read this many tokens from the start of the text; None reads all.
+        tokens_per_batch: Tokens of a batch; more needs more memory.
+        show_progress: Whether to show a bar over the batches.
+
+    Raises:
+        ValueError: ``context`` does not fit the model, ``limit`` is not positive, or there is no token to score.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 token or None, got {limit}.")
+    encoded = adapter.tokenizer(text, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
+    special = encoded["special_tokens_mask"]
+    body = [token for token, added in zip(encoded["input_ids"], special, strict=True) if not added][:limit]
+    prefix = encoded["input_ids"][: special.index(0)] if body else []
+    step = context - len(prefix)
+    if not max(2, len(prefix) + 1) <= context <= adapter.context_length:
+        raise ValueError(
+            f"context must be from {max(2, len(prefix) + 1)} to {adapter.context_length}, this model's longest input; "
+            f"got {context}."
+        )
+    chunks = [prefix + body[start : start + step] for start in range(0, len(body), step)]
+    chunks = [chunk for chunk in chunks if len(chunk) > 1]
+    if not chunks:
+        raise ValueError(f"Nothing to score: the text gives {len(body)} tokens with limit={limit}.")
+
+    total = torch.zeros((), dtype=torch.float64)
+    batches = token_batches([len(chunk) for chunk in chunks], tokens_per_batch)
+    with measuring(adapter.model):
+        for batch in track(batches, "Perplexity", show=show_progress, unit="batch"):
+            rows = [chunks[i] for i in batch]
+            states = [number * len(rows[0]) + place for number, row in enumerate(rows) for place in range(len(row) - 1)]
+            tokens = [token for row in rows for token in row[1:]]
+            hidden = hidden_states(adapter, rows).flatten(0, 1)
+            log_probs, _ = token_log_probs(adapter, hidden, states, tokens)
+            total -= log_probs.cpu().double().sum()
+    return (total / sum(len(chunk) - 1 for chunk in chunks)).exp().item()

@@ -1,0 +1,240 @@
+"""Running part of a decoder: up to a layer, or from a layer on, on part of the columns.
+
+A decoder tells its blocks more than their input: masks, positions, rotary tables, differently in each family and, with
+sliding windows, in each layer. Rather than compute these again for every family, `run_to` notes with what arguments the
+model calls the later blocks, and `Tail` calls them again with those arguments, cut to the columns that are wanted.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rect_lightning.models.adapter import Adapter
+from rect_lightning.solving.batching import Batch
+
+
+class _Stop(Exception):  # noqa: N818 - control flow, not an error
+    """Ends a forward pass early."""
+
+
+@contextmanager
+def ending_at(module: nn.Module) -> Iterator[None]:
+    """Inside, a forward pass of the model ends, without error, once this module has run."""
+
+    def stop(*_: Any) -> None:
+        raise _Stop
+
+    handle = module.register_forward_hook(stop)
+    try:
+        yield
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def plain_attention(adapter: Adapter) -> Iterator[None]:
+    """Inside, attention is two batched matrix products.
+
+    For the few columns of a value search that is faster than a fused kernel, above all backwards.
+    """
+    config = adapter.model.config
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments with which the model calls a block, without the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A forward pass that ended after a layer.
+
+    Attributes:
+        hidden: Output of that layer's block, ``[rows, columns, width]``.
+        value: Output of its down projection, ``[rows, columns, width]``.
+        calls: For every later block the arguments it would have been called with.
+    """
+
+    hidden: Tensor
+    value: Tensor
+    calls: list[Call]
+
+
+def run_to(adapter: Adapter, batch: Batch, layer: int) -> Trace:
+    """Run the model on a batch up to and including ``layer``'s block."""
+    from transformers import DynamicCache
+
+    hidden: list[Tensor] = []
+    value: list[Tensor] = []
+    calls: list[Call] = []
+
+    def keep_hidden(_module: nn.Module, _args: Any, output: Any) -> None:
+        hidden.append(first(output))
+        returns_tuple.append(isinstance(output, tuple))
+
+    def keep_value(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        value.append(output)
+
+    def note_call(states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(Call(args, kwargs))
+        return (states,) if returns_tuple[0] else states
+
+    returns_tuple: list[bool] = []
+    handles = [
+        adapter.blocks[layer].register_forward_hook(keep_hidden),
+        adapter.projection(layer).register_forward_hook(keep_value),
+    ]
+    later = list(adapter.blocks)[layer + 1 :]
+    for block in later:
+        block.forward = note_call  # shadows the class's method on this one object, until it is deleted below
+    try:
+        with ending_at(adapter.norm):
+            # an empty cache goes through all the blocks' arguments, where a Tail puts its own in its place
+            adapter.backbone(**batch.inputs(), past_key_values=DynamicCache(), use_cache=False)
+    finally:
+        for block in later:
+            del block.forward
+        for handle in handles:
+            handle.remove()
+    return Trace(hidden[0], value[0], calls)
+
+
+class _Recorder:
+    """A key-value cache that keeps the columns before ``column`` and hands everything back unchanged."""
+
+    def __init__(self, column: int) -> None:
+        self.column = column
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        # cloned: a view would keep the columns alive that are not wanted
+        self.layers[layer_idx] = keys[..., : self.column, :].clone(), values[..., : self.column, :].clone()
+        return keys, values
+
+
+class _Prefix:
+    """A key-value cache of the columns before those that are computed; it never grows."""
+
+    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]]) -> None:
+        self.layers = layers
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        before_keys, before_values = self.layers[layer_idx]
+        return torch.cat([before_keys, keys], dim=-2), torch.cat([before_values, values], dim=-2)
+
+
+class Tail:
+    """The blocks after a layer, the final norm and the head, in a precision of their own.
+
+    In the model's precision these are the model's own modules, else a frozen copy, made once.
+
+    Args:
+        adapter: The model.
+        layer: The tail starts after this layer's block.
+        dtype: Precision of weights and activations.
+    """
+
+    def __init__(self, adapter: Adapter, layer: int, dtype: torch.dtype) -> None:
+        parts = nn.ModuleList([nn.ModuleList(list(adapter.blocks)[layer + 1 :]), adapter.norm, adapter.head])
+        if dtype != next(parts.parameters()).dtype:
+            with plain_attention(adapter):  # the copy's configuration is a copy as well and stays like this
+                parts = copy.deepcopy(parts).to(dtype)
+        blocks: Any = parts[0]
+        self.adapter, self.layer, self.dtype = adapter, layer, dtype
+        self.blocks: list[nn.Module] = list(blocks)
+        self.norm, self.head = parts[1], parts[2]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits in fp32 of the last block's output."""
+        return self.adapter.logits(self.norm(hidden), self.head).float()
+
+    def run(self, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
+        """The last block's output for the output of the tail's layer, ``[rows, columns, width]``."""
+        hidden = hidden.to(self.dtype)
+        for block, call in zip(self.blocks, calls, strict=True):
+            hidden = first(block(hidden, *call.args, **call.kwargs))
+        return hidden
+
+    def suffix_calls(self, trace: Trace, column: int) -> list[Call]:
+        """Run all columns once, and give the calls that compute the columns from ``column`` on without the others.
+
+        The keys and values of the earlier columns, which what happens later cannot change, are held in the calls.
+        """
+        recorder = _Recorder(column)
+        self.run(trace.hidden, self._cut(trace.calls, 0, trace.hidden.shape[1], recorder))
+        return self._cut(trace.calls, column, trace.hidden.shape[1], _Prefix(recorder.layers))
+
+    def _cut(self, calls: Sequence[Call], column: int, columns: int, cache: Any) -> list[Call]:
+        from transformers import Cache
+
+        done: dict[int, Any] = {}  # blocks share their masks and tables: cut each of them once
+
+        def cut(x: Any) -> Any:
+            if isinstance(x, Cache):
+                return cache
+            if isinstance(x, tuple):
+                return tuple(cut(item) for item in x)
+            if not isinstance(x, Tensor):
+                return x
+            if id(x) not in done:
+                done[id(x)] = self._cast(_from_column(x, column, columns))
+            return done[id(x)]
+
+        return [Call(cut(c.args), {name: cut(x) for name, x in c.kwargs.items()}) for c in calls]
+
+    def _cast(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point() or x.dtype == self.dtype:
+            return x
+        # a mask's fp32 minimum would become -inf, and a padded column's softmax nan
+        return x.clamp(min=torch.finfo(self.dtype).min).to(self.dtype)
+
+
+def select_rows(calls: Sequence[Call], rows: Tensor, count: int) -> list[Call]:
+    """Calls of a tail for some of the ``count`` rows of a batch."""
+    done: dict[int, Any] = {}
+
+    def pick(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(pick(item) for item in x)
+        if isinstance(x, Tensor) and x.shape[0] == count:
+            if id(x) not in done:
+                done[id(x)] = x.index_select(0, rows)
+            return done[id(x)]
+        if isinstance(x, _Prefix):
+            if id(x) not in done:
+                done[id(x)] = _Prefix({layer: pick(pair) for layer, pair in x.layers.items()})
+            return done[id(x)]
+        return x
+
+    return [Call(pick(c.args), {name: pick(x) for name, x in c.kwargs.items()}) for c in calls]
+
+
+def first(output: Any) -> Tensor:
+    """The hidden states of a block's output, which some families wrap in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _from_column(x: Tensor, column: int, columns: int) -> Tensor:
+    """The part of a mask ``[rows, heads, columns, columns]``, table or list of positions that later columns need."""
+    dim = 2 if x.ndim == 4 else 1
+    if column and x.ndim > 1 and x.shape[dim] == columns:
+        return x.narrow(dim, column, columns - column)
+    return x

@@ -1,0 +1,68 @@
+"""The closed-form updates. All matrices are ``[out, in]``; keys and values are rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Factored:
+    """A symmetric positive definite matrix, factored once and solved with many times, in float64.
+
+    Args:
+        matrix: ``[n, n]``.
+        name: What to call the matrix in an error.
+
+    Raises:
+        ValueError: The matrix is not finite or not positive definite.
+    """
+
+    def __init__(self, matrix: Tensor, name: str) -> None:
+        factor, info = torch.linalg.cholesky_ex(matrix.double())
+        if info.item() or not factor.isfinite().all():
+            raise ValueError(
+                f"{name} is not positive definite: it was estimated from fewer tokens than its {len(matrix)} rows, or from "
+                "keys that are not finite. Estimate the moments from more text (moments.tokens)."
+            )
+        self.factor = factor
+
+    def solve(self, right: Tensor) -> Tensor:
+        """``matrix⁻¹ right`` for ``right`` of ``[n, columns]``, float64."""
+        return torch.cholesky_solve(right.double(), self.factor)
+
+
+def rank_one(residual: Tensor, direction: Tensor, key: Tensor) -> Tensor:
+    """ROME's update ``ΔW = (v* − W k) uᵀ / (uᵀ k)`` (Meng et al. 2022, ROME, eq. 2), which makes ``(W + ΔW) k = v*``.
+
+    Args:
+        residual: ``v* − W k``, ``[out]``.
+        direction: ``u = C⁻¹ k`` up to a factor, ``[in]``.
+        key: ``k``, ``[in]``.
+
+    Returns:
+        ``ΔW``, ``[out, in]``, float64.
+    """
+    residual, direction, key = residual.double(), direction.double(), key.double()
+    return torch.outer(residual, direction) / direction.dot(key)
+
+
+def least_squares(residuals: Tensor, keys: Tensor, moment: Factored, weight: float) -> Tensor:
+    """MEMIT's update ``ΔW = R Kᵀ (λC + K Kᵀ)⁻¹`` (Meng et al. 2023, MEMIT, eq. 14), with columns of K and R as rows here.
+
+    With ``A = C⁻¹ K`` (Woodbury) it is ``R (λI + Kᵀ A)⁻¹ Aᵀ``: the system to solve has as many rows as there are keys,
+    however wide the layer, and the factor of C serves every batch.
+
+    Args:
+        residuals: ``R``, ``[requests, out]``.
+        keys: ``K``, ``[requests, in]``.
+        moment: ``C``, factored.
+        weight: ``λ``.
+
+    Returns:
+        ``ΔW``, ``[out, in]``, float64.
+    """
+    keys, residuals = keys.double(), residuals.double()
+    solved = moment.solve(keys.T)
+    system = keys @ solved
+    system.diagonal().add_(weight)
+    return residuals.T @ torch.linalg.solve(system, solved.T)

@@ -1,0 +1,317 @@
+"""The target value search: which output of an MLP makes the model say the new target.
+
+For each request an offset ``d`` at the subject's last token minimises (Meng et al. 2022, ROME, eq. 4)
+
+    mean over prefixes of NLL(target)  +  kl · KL(now ‖ before)  +  weight_decay · ‖d‖ / ‖h₀‖²
+
+by Adam, projected on ``‖d‖ ≤ clamp · ‖h₀‖`` after each step, where the KL term is taken on the next token after the
+subject in "{subject} is a". The search is nearly all of an editor's time. So all requests are searched for at once;
+layers below the offset run once; of the columns before it only keys and values are kept; and logits are computed only
+where the loss reads them. The numbers are those of one request at a time through the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rect_lightning.models.adapter import Adapter
+from rect_lightning.models.encoding import Row
+from rect_lightning.progress import track
+from rect_lightning.solving.batching import by_length, pad
+from rect_lightning.solving.blocks import Call, Tail, Trace, plain_attention, run_to, select_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueSearch:
+    """Hyper-parameters of the target value search."""
+
+    steps: int = 20
+    """Evaluations of the loss; the offset moves at most ``steps - 1`` times."""
+    lr: float = 0.5
+    """Learning rate of Adam."""
+    weight_decay: float = 0.5
+    """Weight of the offset's norm in the loss."""
+    clamp: float = 0.75
+    """Largest norm of the offset, relative to that of the state it is added to."""
+    kl: float = 0.0625
+    """Weight of the divergence on "{subject} is a"."""
+    stop: float = 0.05
+    """A request is done when its loss is below this."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.lr <= 0 or self.clamp <= 0:
+            raise ValueError(f"A value search needs steps >= 1, lr > 0 and clamp > 0; got {self}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRows:
+    """The texts of one request.
+
+    Attributes:
+        targets: One row a prefix: prefix, prompt and target, with subject and target marked. The bare prompt is first.
+        essence: The row of "{subject} is a", for the KL term.
+    """
+
+    targets: tuple[Row, ...]
+    essence: Row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetValues:
+    """What the search found, one row a request, in fp32.
+
+    Attributes:
+        value: Output of the down projection at the subject's last token of the bare prompt, ``[requests, width]``.
+        stream: Output of the block there, ``[requests, width]``.
+        offset: The offset ``d`` of ``value``, ``[requests, width]``.
+        losses: Loss at each evaluation, ``[requests, steps]``, nan after a request was done.
+    """
+
+    value: Tensor
+    stream: Tensor
+    offset: Tensor
+    losses: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """Rows that are searched in one batch: of any requests, but alike in the number of columns after the subject.
+
+    Attributes:
+        owner: ``[rows]``, the request in the chunk.
+        weight: ``[rows]``, the row's share in its request's loss.
+        hidden: ``[rows, columns, width]``, output of the layer's block from the subject's last token on.
+        value: ``[rows, width]``, output of its down projection at that token.
+        calls: How to run the tail on these columns.
+        where: ``[targets, 2]``, row and column of every logit that counts.
+        token: ``[targets]``, the token wanted there.
+        share: ``[targets]``, one over the number of the row's target tokens.
+        reference: ``[rows, vocabulary]`` log-probabilities without offset for KL rows, else nothing.
+    """
+
+    owner: Tensor
+    weight: Tensor
+    hidden: Tensor
+    value: Tensor
+    calls: list[Call]
+    where: Tensor
+    token: Tensor
+    share: Tensor
+    reference: Tensor | None
+
+    def of(self, active: Tensor) -> _Bucket | None:
+        """The rows of the requests that are still active, nothing if there are none."""
+        keep = active[self.owner]
+        if keep.all():
+            return self
+        rows = keep.nonzero()[:, 0]
+        if not len(rows):
+            return None
+        new_row = keep.cumsum(0) - 1
+        targets = keep[self.where[:, 0]]
+        where = self.where[targets]
+        return _Bucket(
+            owner=self.owner[rows],
+            weight=self.weight[rows],
+            hidden=self.hidden[rows],
+            value=self.value[rows],
+            calls=select_rows(self.calls, rows, len(keep)),
+            where=torch.stack([new_row[where[:, 0]], where[:, 1]], dim=1),
+            token=self.token[targets],
+            share=self.share[targets],
+            reference=None if self.reference is None else self.reference[rows],
+        )
+
+
+def search_values(
+    adapter: Adapter,
+    tail: Tail,
+    requests: Sequence[SearchRows],
+    search: ValueSearch,
+    *,
+    relative_to: str = "stream",
+    chunk: int = 64,
+    budget: int = 1024,
+    show_progress: bool = False,
+) -> TargetValues:
+    """Search for the target values of many requests.
+
+    Args:
+        adapter: The model.
+        tail: Its part after the edited layer, in the precision to search in.
+        requests: The texts of each request.
+        search: Hyper-parameters.
+        relative_to: Whether ``h₀``, which clamp and weight decay are relative to, is the block's output (``"stream"``, as
+            MEMIT has it) or the down projection's (``"value"``, as ROME has it).
+        chunk: Requests searched for together; bounds the memory.
+        budget: Padded tokens after the subject in one batch; bounds the memory of the backward pass.
+        show_progress: Whether to show a bar.
+    """
+    # requests with targets of like length together, so that batches are full and have little padding
+    order = sorted(range(len(requests)), key=lambda i: _columns(requests[i].targets[0]))
+    chunks = [order[i : i + chunk] for i in range(0, len(order), chunk)]
+    found: list[TargetValues] = []
+    bar = track(range(len(chunks) * search.steps), "target values", show=show_progress, unit="step")
+    with plain_attention(adapter), torch.autocast(adapter.device.type, enabled=False), bar:
+        for indices in chunks:
+            found.append(
+                _search_chunk(adapter, tail, [requests[i] for i in indices], search, relative_to, budget, bar.update)
+            )
+    back = torch.tensor(order).argsort()
+    return TargetValues(
+        value=torch.cat([f.value for f in found])[back],
+        stream=torch.cat([f.stream for f in found])[back],
+        offset=torch.cat([f.offset for f in found])[back],
+        losses=torch.cat([f.losses for f in found])[back],
+    )
+
+
+def _search_chunk(
+    adapter: Adapter,
+    tail: Tail,
+    requests: Sequence[SearchRows],
+    search: ValueSearch,
+    relative_to: str,
+    budget: int,
+    advance: Callable[[int], object],
+) -> TargetValues:
+    buckets, value, stream = _prepare(adapter, tail, requests, search, budget)
+    origin = value if relative_to == "value" else stream
+    scale = origin.norm(dim=-1)
+    offset = torch.zeros_like(value)
+    first_moment, second_moment = torch.zeros_like(offset), torch.zeros_like(offset)
+    losses = offset.new_full((len(requests), search.steps), torch.nan)
+    active = torch.ones(len(requests), dtype=torch.bool, device=offset.device)
+    for step in range(search.steps):
+        loss, gradient = _loss_and_gradient(adapter, tail, buckets, offset)
+        norm = offset.norm(dim=-1)
+        decay = search.weight_decay / scale**2
+        loss = loss + decay * norm
+        gradient = gradient + (decay / norm.clamp(min=torch.finfo(norm.dtype).tiny))[:, None] * offset
+        losses[active, step] = loss[active]
+        active = active & (loss >= search.stop)
+        if step == search.steps - 1 or not active.any():
+            break
+        buckets = [bucket for b in buckets if (bucket := b.of(active)) is not None]
+        moved = _adam(offset, gradient, first_moment, second_moment, step + 1, search.lr)
+        limit = search.clamp * scale
+        moved = moved * (limit / moved.norm(dim=-1).clamp(min=limit))[:, None]
+        offset = torch.where(active[:, None], moved, offset)
+        advance(1)
+    advance(search.steps - step)
+    return TargetValues(value=value, stream=stream, offset=offset, losses=losses)
+
+
+@torch.no_grad()
+def _prepare(
+    adapter: Adapter, tail: Tail, requests: Sequence[SearchRows], search: ValueSearch, budget: int
+) -> tuple[list[_Bucket], Tensor, Tensor]:
+    """Run everything that the offset cannot change: the buckets, and value and stream of the bare prompts."""
+    targets = [(i, row) for i, request in enumerate(requests) for row in request.targets]
+    essences = [(i, request.essence) for i, request in enumerate(requests)] if search.kl else []
+    bare = {id(request.targets[0]): i for i, request in enumerate(requests)}
+    value = stream = torch.empty(0)
+    buckets = []
+    for rows, is_target in ((targets, True), (essences, False)):
+        for indices in by_length([_columns(row) if is_target else 1 for _, row in rows], budget):
+            members = [rows[i] for i in indices]
+            anchors = [row.subject for _, row in members]
+            ids = [row.ids[:-1] if is_target else row.ids[: row.subject + 1] for _, row in members]
+            batch = pad(ids, adapter.device, anchors=anchors)
+            column = max(anchors)
+            trace = run_to(adapter, batch, tail.layer)
+            bucket = _bucket(tail, trace, members, requests, column, is_target, search)
+            buckets.append(bucket)
+            if not value.numel():
+                value = bucket.value.new_zeros(len(requests), bucket.value.shape[-1])
+                stream = torch.zeros_like(value)
+            for j, (i, row) in enumerate(members):
+                if bare.get(id(row)) == i and is_target:
+                    value[i], stream[i] = bucket.value[j], bucket.hidden[j, 0]
+    return buckets, value, stream
+
+
+def _bucket(
+    tail: Tail,
+    trace: Trace,
+    members: Sequence[tuple[int, Row]],
+    requests: Sequence[SearchRows],
+    column: int,
+    is_target: bool,
+    search: ValueSearch,
+) -> _Bucket:
+    device = trace.hidden.device
+    owner = torch.tensor([i for i, _ in members], device=device)
+    calls = tail.suffix_calls(trace, column)
+    hidden = trace.hidden[:, column:].float().clone()
+    value = trace.value[:, column].float().clone()
+    where: list[tuple[int, int]] = []
+    token: list[int] = []
+    share: list[float] = []
+    if is_target:
+        weight = torch.tensor([1 / len(requests[i].targets) for i, _ in members], device=device)
+        for j, (_, row) in enumerate(members):
+            places = range(row.target - 1 - row.subject, len(row.ids) - 1 - row.subject)
+            where += [(j, place) for place in places]
+            token += row.target_ids
+            share += [1 / len(places)] * len(places)
+        reference = None
+    else:
+        weight = torch.full((len(members),), search.kl, device=device)
+        where = [(j, 0) for j in range(len(members))]
+        reference = tail.logits(tail.run(hidden, calls)[:, 0]).log_softmax(-1)
+    return _Bucket(
+        owner=owner,
+        weight=weight,
+        hidden=hidden,
+        value=value,
+        calls=calls,
+        where=torch.tensor(where, device=device),
+        token=torch.tensor(token, device=device, dtype=torch.long),
+        share=torch.tensor(share, device=device),
+        reference=reference,
+    )
+
+
+def _loss_and_gradient(
+    adapter: Adapter, tail: Tail, buckets: Sequence[_Bucket], offset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """NLL and KL of each request, ``[requests]``, and their gradient, ``[requests, width]``."""
+    leaf = offset.detach().requires_grad_()
+    loss = offset.new_zeros(len(offset))
+    for bucket in buckets:
+        with torch.enable_grad():
+            change = adapter.stream_change(tail.layer, bucket.value, leaf[bucket.owner])
+            hidden = torch.cat([bucket.hidden[:, :1] + change[:, None], bucket.hidden[:, 1:]], dim=1)
+            states = tail.run(hidden, bucket.calls)
+            logits = tail.logits(states[bucket.where[:, 0], bucket.where[:, 1]])
+            if bucket.reference is None:
+                nll = F.cross_entropy(logits, bucket.token, reduction="none") * bucket.share
+                rows = nll.new_zeros(len(bucket.owner)).index_add(0, bucket.where[:, 0], nll)
+            else:
+                now = logits.log_softmax(-1)
+                rows = (now.exp() * (now - bucket.reference)).sum(-1)
+            rows = rows * bucket.weight
+            rows.sum().backward()
+        loss.index_add_(0, bucket.owner, rows.detach())
+    gradient = leaf.grad
+    assert gradient is not None
+    return loss, gradient
+
+
+def _adam(offset: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: int, lr: float) -> Tensor:
+    """One step of Adam with its usual constants, each row a problem of its own; ``m`` and ``v`` are updated in place."""
+    m.lerp_(gradient, 1 - 0.9)
+    v.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
+    root = (v / (1 - 0.999**step)).sqrt_().add_(1e-8)
+    return offset - lr / (1 - 0.9**step) * m / root
+
+
+def _columns(row: Row) -> int:
+    """Columns to compute in every step: from the subject's last token to the one before the target's last."""
+    return len(row.ids) - 1 - row.subject

@@ -1,0 +1,39 @@
+"""Fixtures that many tests share: tiny models of each family, a tiny tokenizer, and the optional reference data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference data beside the checkout (or ``$RECT_LIGHTNING_SHARED``); skips where there is none."""
+    path = Path(os.environ.get("RECT_LIGHTNING_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    if not path.is_dir():
+        pytest.skip(f"reference data not found in {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():  # noqa: ANN201 - a transformers type, imported late
+    """A byte-level BPE tokenizer of about 400 tokens, trained on a few sentences; adds no BOS."""
+    from tests.tiny import tokenizer
+
+    return tokenizer()
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def tiny(request: pytest.FixtureRequest):  # noqa: ANN201
+    """An adapter around a tiny random model, GPT-2 and LLaMA in turn."""
+    from tests.tiny import adapter
+
+    return adapter(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,79 @@
+"""RECT's selection against its definition, entry by entry."""
+
+import math
+
+import pytest
+import torch
+
+from rect_lightning.solving import relative_change as rc
+
+
+def naive_mask(update, weight, keep):
+    """Sort all entries by (δ descending, position) in Python."""
+
+    def delta(i):
+        u, w = float(update.flatten()[i]), float(weight.flatten()[i])
+        return (math.inf if u else 0.0) if w == 0 else abs(u) / abs(w)
+
+    order = sorted(range(update.numel()), key=lambda i: (-delta(i), i))
+    mask = torch.zeros(update.numel(), dtype=torch.bool)
+    mask[order[: round(keep * update.numel())]] = True
+    return mask.view(update.shape)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.4, 0.5, 0.999, 1.0])
+def test_keeps_the_largest_relative_changes(keep):
+    update, weight = torch.randn(37, 23, dtype=torch.float64), torch.randn(37, 23, dtype=torch.float64)
+    mask = rc.largest(rc.relative_change(update, weight), keep)
+    assert torch.equal(mask, naive_mask(update, weight, keep))
+    assert int(mask.sum()) == round(keep * update.numel())
+
+
+def test_zero_weights_and_ties():
+    update = torch.tensor([[1.0, 0.0, 2.0, 1.0], [1.0, 3.0, 1.0, 0.0]])
+    weight = torch.tensor([[1.0, 0.0, 0.0, 1.0], [-1.0, 1.0, 1.0, 5.0]])
+    delta = rc.relative_change(update, weight)
+    assert delta.tolist() == [[1, 0, math.inf, 1], [1, 3, 1, 0]]
+    for kept in range(9):
+        assert torch.equal(rc.largest(delta, kept / 8), naive_mask(update, weight, kept / 8)), kept
+
+
+@pytest.mark.parametrize("shape", ["distinct", "ties", "few values", "half zero", "infinite", "sorted"])
+def test_large_matrices_are_selected_exactly(shape, monkeypatch):
+    monkeypatch.setattr(rc, "_SMALL", 1000)  # so that the sampling path runs, and misses its bracket, at test size
+    monkeypatch.setattr(rc, "_SAMPLE", 300)
+    n = 20_011
+    delta = torch.rand(n)
+    if shape == "ties":
+        delta = (delta * 50).round() / 50
+    elif shape == "few values":
+        delta = (delta > 0.3).float()
+    elif shape == "half zero":
+        delta[: n // 2] = 0
+    elif shape == "infinite":
+        delta[::3] = math.inf
+    elif shape == "sorted":
+        delta = delta.sort().values
+    for keep in (0.0001, 0.2, 0.4, 0.6, 0.9999):
+        expected = torch.zeros(n, dtype=torch.bool)
+        expected[delta.sort(descending=True, stable=True).indices[: round(keep * n)]] = True
+        assert torch.equal(rc.largest(delta, keep), expected), keep
+
+
+def test_more_than_2_to_the_24_entries():
+    """Where ``torch.quantile`` gives up."""
+    n = 2**24 + 12345
+    delta = torch.rand(n)
+    mask = rc.largest(delta, 0.4)
+    assert int(mask.sum()) == round(0.4 * n)
+    assert delta[mask].min() >= delta[~mask].max()
+
+
+def test_statistics():
+    weight, update = torch.tensor([1.0, -2.0, 4.0, 0.0]), torch.tensor([0.1, 0.1, -1.0, 1.0])
+    found = rc.change_statistics(update, weight, [0.077, 0.171])
+    assert found == {
+        "manhattan": pytest.approx(2.2, rel=1e-6),
+        "above_0.077": 0.75,  # δ = 0.1, 0.05, 0.25, inf
+        "above_0.171": 0.5,
+    }
