@@ -1,13 +1,13 @@
 """The command line: Lightning's fit, validate, test and predict, and what only this tool does."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 
 from rect_lightning.callbacks.summary import Summary
 from rect_lightning.data import EditData
@@ -49,16 +49,27 @@ class EditCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One pass over the requests, logged at every edit operation."""
-        parser.set_defaults({"trainer.max_epochs": 1, "trainer.log_every_n_steps": 1, "trainer.num_sanity_val_steps": 0})
+        parser.set_defaults(
+            {
+                "trainer.max_epochs": 1,
+                "trainer.log_every_n_steps": 1,
+                "trainer.num_sanity_val_steps": 0,
+                "trainer.enable_model_summary": False,
+            }
+        )
 
 
 def main(args: ArgsType = None) -> None:
     """Run the command line."""
+    # edits are computed in eval mode on purpose, and requests are few: neither needs a warning
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+    warnings.filterwarnings("ignore", message=r".*does not have many workers")
     EditCLI(
         Editor,
         EditData,
         trainer_class=EditTrainer,
         subclass_mode_model=True,
+        seed_everything_default=0,
         trainer_defaults={
             "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": None}},
             "callbacks": [ModelCheckpoint(filename="edited", save_last=True), Summary()],

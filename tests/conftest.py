@@ -19,7 +19,7 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer():  # noqa: ANN201 - a transformers type, imported late
+def tiny_tokenizer():
     """A byte-level BPE tokenizer of about 400 tokens, trained on a few sentences; adds no BOS."""
     from tests.tiny import tokenizer
 
@@ -27,7 +27,7 @@ def tiny_tokenizer():  # noqa: ANN201 - a transformers type, imported late
 
 
 @pytest.fixture(params=["gpt2", "llama"])
-def tiny(request: pytest.FixtureRequest):  # noqa: ANN201
+def tiny(request: pytest.FixtureRequest):
     """An adapter around a tiny random model, GPT-2 and LLaMA in turn."""
     from tests.tiny import adapter
 

@@ -7,11 +7,11 @@ import torch
 
 from rect_lightning.data import EditRequest
 from rect_lightning.editors import MEMIT, ROME
-from rect_lightning.models import Source, adapter_for
-from rect_lightning.solving.relative_change import largest, relative_change
-from rect_lightning.solving.solvers import Factored
+from rect_lightning.models import Source
 from rect_lightning.solving.blocks import Tail
 from rect_lightning.solving.prefixes import Prefixes
+from rect_lightning.solving.relative_change import largest, relative_change
+from rect_lightning.solving.solvers import Factored
 from rect_lightning.solving.values import ValueSearch
 
 

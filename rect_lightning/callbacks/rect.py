@@ -50,7 +50,9 @@ class RECT(Callback):
         gradient = weight.grad
         assert gradient is not None
         if not gradient.isfinite().all():
-            raise ValueError(f"The update of {name} has entries that are not finite; no weight was changed by this step.")
+            raise ValueError(
+                f"The update of {name} has entries that are not finite; no weight was changed by this step."
+            )
         statistics = change_statistics(gradient * -lr, weight, self.thresholds)
         mask = largest(relative_change(gradient, weight), self.keep)
         gradient.mul_(mask)

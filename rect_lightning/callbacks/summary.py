@@ -16,9 +16,13 @@ class Summary(Callback):
     ``provenance.json`` what the edited weights come from.
     """
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report, now that the progress bar is gone."""
+        self._report(trainer, pl_module)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report, unless Lightning is only checking that validation works."""
-        if not trainer.sanity_checking:
+        """Report where validation is all there is."""
+        if trainer.state.fn == "validate":
             self._report(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

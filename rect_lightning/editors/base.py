@@ -36,7 +36,8 @@ class Editor(LightningModule, ABC):
         step_per: layer takes an optimizer step for each layer, so that a layer is computed after a regulariser has masked
             the ones before it; operation takes one step for all layers at the end, as public code does.
         strength: Learning rate of the step, 1 for the update as computed.
-        statistics: Values of δ = \\|ΔW/W\\| of which to log the share of entries above, for the change since the clean model.
+        statistics: Values of δ, the relative change, of which to log the share of entries above; for the change of each
+            weight since the clean model.
         prose: A text file whose perplexity is measured before and after the edits, "prose" for the one that comes with this
             package, null for none. Single mode has no edited model to measure in the end and leaves it out.
 
@@ -142,7 +143,9 @@ class Editor(LightningModule, ABC):
     @property
     def show_progress(self) -> bool:
         """Whether bars inside a step are shown: as the Trainer's own, on the first process."""
-        return self._trainer is not None and self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
+        return (
+            self._trainer is not None and self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
+        )
 
     # An edit operation -------------------------------------------------------------------------------------------
 
@@ -151,7 +154,22 @@ class Editor(LightningModule, ABC):
         return SGD([self.model.weight(layer) for layer in self.layers], lr=self.strength)
 
     def on_fit_start(self) -> None:
-        """Prepare what all operations share, from the clean model."""
+        """Prepare what all operations share, from the clean model.
+
+        Raises:
+            TypeError: The Trainer's precision has taken the edited weights out of fp32.
+            RuntimeError: There are several processes.
+        """
+        if self.model.weight(self.layers[0]).dtype != torch.float32:
+            raise TypeError(
+                f"trainer.precision={self.trainer.precision} turns the edited weights into "
+                f"{self.model.weight(self.layers[0]).dtype}, in which small updates are lost to rounding: use bf16-mixed."
+            )
+        if self.trainer.world_size > 1:
+            raise RuntimeError(
+                f"An edit operation needs all its requests in one process, and there are {self.trainer.world_size}: set "
+                "trainer.devices to 1."
+            )
         with self.clean_weights(), self._full_precision():
             self.prepare()
 

@@ -56,7 +56,12 @@ class LocateThenEdit(Editor):
         """Load the moments or estimate them, and factor them; they are cached, so this is slow once."""
         if self.moments is not None and not self.factors:
             found = second_moments(
-                self.model, self.layers, self.moments, fingerprint=self.fingerprint, cache=cache_dir(), show_progress=self.show_progress
+                self.model,
+                self.layers,
+                self.moments,
+                fingerprint=self.fingerprint,
+                cache=cache_dir(),
+                show_progress=self.show_progress,
             )
             self.factors = {layer: Factored(c, f"The second moment of layer {layer}") for layer, c in found.items()}
 

@@ -58,13 +58,13 @@ def prose_path(prose: str) -> Path:
     """
     path = Path(__file__).parent.parent / "data" / "prose.txt" if prose == "prose" else Path(prose)
     if not path.is_file():
-        raise FileNotFoundError(f"model.prose: there is no text file {path.resolve()}; name one, or null for no perplexity.")
+        raise FileNotFoundError(
+            f"model.prose: there is no text file {path.resolve()}; name one, or null for no perplexity."
+        )
     return path
 
 
-def with_perplexity(
-    editor: Editor, results: dict[str, dict[str, float]], prose: str
-) -> dict[str, dict[str, float]]:
+def with_perplexity(editor: Editor, results: dict[str, dict[str, float]], prose: str) -> dict[str, dict[str, float]]:
     """Results with the perplexity of a text, ``perplexity/<name of the file>``, under the clean and the edited weights."""
     path = prose_path(prose)
     text, name = path.read_text(encoding="utf-8"), f"perplexity/{path.stem}"

@@ -1,4 +1,4 @@
-"""What all measurements share: the model at rest, batches by token budget, log-probabilities in bounded memory."""
+"""What all measurements share: the model at rest, and log-probabilities in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from rect_lightning.solving.batching import pad
 
 if TYPE_CHECKING:
     from rect_lightning.models import Adapter
@@ -30,25 +32,6 @@ def measuring(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def token_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Group rows of about equal length, so that no padded batch holds more than ``tokens_per_batch`` tokens.
-
-    A row longer than that is a batch of its own. The longest rows come first: what does not fit fails at once.
-
-    Returns:
-        The indices of each batch's rows, longest first.
-    """
-    if tokens_per_batch < 1:
-        raise ValueError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}.")
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
 
 
 def check_lengths(adapter: Adapter, lengths: Sequence[int], prompts: Sequence[str]) -> None:
@@ -82,11 +65,8 @@ def hidden_states(adapter: Adapter, rows: Sequence[Sequence[int]]) -> Tensor:
     Returns:
         Tensor ``[rows, longest, width]`` in the model's dtype; what stands beyond a row's length is meaningless.
     """
-    longest = max(map(len, rows))
-    # padded on the right: in a causal model no real token sees the padding, and positions count from zero as always
-    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=adapter.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=adapter.device)
-    hidden: Tensor = adapter.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    batch = pad(rows, adapter.device)
+    hidden: Tensor = adapter.backbone(**batch.inputs(), use_cache=False).last_hidden_state
     return hidden
 
 

@@ -11,11 +11,10 @@ from math import log2
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from rect_lightning.metrics.forward import check_lengths, measuring, token_batches
+from rect_lightning.metrics.forward import check_lengths, measuring
 from rect_lightning.models.encoding import encode
 from rect_lightning.progress import track
+from rect_lightning.solving.batching import by_length, pad
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -56,19 +55,18 @@ def generate(
     rows = [row.ids for row in encode(adapter.tokenizer, prompts)]
     lengths = [len(ids) + max_new_tokens if ids else 0 for ids in rows]
     check_lengths(adapter, lengths, prompts)
-    batches = token_batches(lengths, tokens_per_batch)
+    batches = by_length(lengths, tokens_per_batch)
     texts = [""] * len(rows)
     with measuring(adapter.model), _greedy(adapter, max_new_tokens) as config:
         ends = set(config.eos_token_id)
         for batch in track(batches, "Generating", show=show_progress, unit="batch"):
             longest = len(rows[batch[0]])
-            pads = [longest - len(rows[i]) for i in batch]
-            ids = [[config.pad_token_id] * pad + list(rows[i]) for pad, i in zip(pads, batch, strict=True)]
-            mask = [[0] * pad + [1] * len(rows[i]) for pad, i in zip(pads, batch, strict=True)]
+            # padded on the left: the new tokens follow the prompts' last ones
+            inputs = pad([rows[i] for i in batch], adapter.device, anchors=[len(rows[i]) for i in batch])
             model: Any = adapter.model
             output = model.generate(
-                input_ids=torch.tensor(ids, device=adapter.device),
-                attention_mask=torch.tensor(mask, device=adapter.device),
+                input_ids=inputs.input_ids,
+                attention_mask=inputs.attention_mask,
                 generation_config=config,
             )
             for i, new in zip(batch, output[:, longest:].tolist(), strict=True):

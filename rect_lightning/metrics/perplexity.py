@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rect_lightning.metrics.forward import hidden_states, measuring, token_batches, token_log_probs
+from rect_lightning.metrics.forward import hidden_states, measuring, token_log_probs
 from rect_lightning.progress import track
+from rect_lightning.solving.batching import by_length
 
 if TYPE_CHECKING:
     from rect_lightning.models import Adapter
@@ -57,7 +58,7 @@ def perplexity(
         raise ValueError(f"Nothing to score: the text gives {len(body)} tokens with limit={limit}.")
 
     total = torch.zeros((), dtype=torch.float64)
-    batches = token_batches([len(chunk) for chunk in chunks], tokens_per_batch)
+    batches = by_length([len(chunk) for chunk in chunks], tokens_per_batch)
     with measuring(adapter.model):
         for batch in track(batches, "Perplexity", show=show_progress, unit="batch"):
             rows = [chunks[i] for i in batch]

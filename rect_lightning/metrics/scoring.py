@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from rect_lightning.metrics.forward import check_lengths, hidden_states, measuring, token_batches, token_log_probs
+from rect_lightning.metrics.forward import check_lengths, hidden_states, measuring, token_log_probs
 from rect_lightning.models.encoding import encode
 from rect_lightning.progress import track
+from rect_lightning.solving.batching import by_length
 
 if TYPE_CHECKING:
     from rect_lightning.models import Adapter
@@ -80,7 +81,7 @@ def score_targets(
 
     log_probs: list[list[float]] = [[] for _ in rows]
     predicted: list[list[int]] = [[] for _ in rows]
-    batches = token_batches([len(ids) for ids in inputs], tokens_per_batch)
+    batches = by_length([len(ids) for ids in inputs], tokens_per_batch)
     with measuring(adapter.model):
         for batch in track(batches, "Scoring", show=show_progress, unit="batch"):
             longest = len(inputs[batch[0]])

@@ -106,7 +106,9 @@ class Adapter:
         if not layers or sorted(set(layers)) != list(layers):
             raise ValueError(f"layers must be increasing and distinct, at least one; got {layers}.")
         if layers[0] < 0 or layers[-1] >= self.num_layers:
-            raise ValueError(f"layers {layers} do not fit a model of {self.num_layers} layers (0 to {self.num_layers - 1}).")
+            raise ValueError(
+                f"layers {layers} do not fit a model of {self.num_layers} layers (0 to {self.num_layers - 1})."
+            )
 
     @property
     def head(self) -> nn.Module:
@@ -121,7 +123,9 @@ class Adapter:
             hidden: What `backbone` gives, or `norm`.
             head: A copy of the head to use instead of the model's own, in another precision say.
         """
-        return (head or self.head)(hidden)
+        head = self.head if head is None else head
+        logits: Tensor = head(hidden)
+        return logits
 
     writes_to_stream: ClassVar[bool] = True
     """Whether a block adds the down projection's output to the residual stream as it is."""
@@ -144,5 +148,6 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _check_projection(module: nn.Module, name: str) -> None:
     if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
         raise TypeError(f"{name} is a {type(module).__name__}; a Linear or a Conv1D can be edited.")
-    if not module.weight.is_floating_point():
-        raise TypeError(f"{name} has {module.weight.dtype} weights; load the model unquantised to edit it.")
+    weight: Any = module.weight
+    if not weight.is_floating_point():
+        raise TypeError(f"{name} has {weight.dtype} weights; load the model unquantised to edit it.")

@@ -69,7 +69,9 @@ def encode(
             # the last one, since a byte-level tokenizer may need several tokens for one character
             covering = [j for j, (start, end) in enumerate(offsets) if start < subject_ends[i] <= end]
             if not covering:
-                raise ValueError(f"No token of {texts[i]!r} covers the end of its subject (character {subject_ends[i]}).")
+                raise ValueError(
+                    f"No token of {texts[i]!r} covers the end of its subject (character {subject_ends[i]})."
+                )
             subject = covering[-1]
         rows.append(Row(ids=tuple(ids), target=target, subject=subject))
     return rows

@@ -54,7 +54,12 @@ def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
     Longest first, so that what does not fit in memory fails at once and not at the end. A row longer than the budget
     gets a batch of its own.
+
+    Raises:
+        ValueError: The budget is not positive.
     """
+    if budget < 1:
+        raise ValueError(f"A batch needs a budget of at least one token, got {budget}.")
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:

@@ -20,7 +20,7 @@ from rect_lightning.models.adapter import Adapter
 from rect_lightning.solving.batching import Batch
 
 
-class _Stop(Exception):  # noqa: N818 - control flow, not an error
+class _Stop(Exception):
     """Ends a forward pass early."""
 
 

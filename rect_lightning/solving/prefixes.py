@@ -59,7 +59,7 @@ def sample_prefixes(
         for _ in range(length):
             logits = adapter.logits(adapter.backbone(input_ids=ids, use_cache=False).last_hidden_state[0, -1])
             ids = torch.cat([ids, _pick(logits.float().cpu(), top_k, generator).to(ids.device)], dim=1)
-        text = tokenizer.decode(ids[0], skip_special_tokens=True)
+        text = str(tokenizer.decode(ids[0], skip_special_tokens=True))
         # braces would be taken for the prompt's place, line breaks end the context
         texts.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". {}")
     return texts

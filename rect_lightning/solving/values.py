@@ -89,7 +89,7 @@ class _Bucket:
         value: ``[rows, width]``, output of its down projection at that token.
         calls: How to run the tail on these columns.
         where: ``[targets, 2]``, row and column of every logit that counts.
-        token: ``[targets]``, the token wanted there.
+        token: ``[targets]``, the token wanted there; nothing of interest in KL rows.
         share: ``[targets]``, one over the number of the row's target tokens.
         reference: ``[rows, vocabulary]`` log-probabilities without offset for KL rows, else nothing.
     """
@@ -155,13 +155,12 @@ def search_values(
     # requests with targets of like length together, so that batches are full and have little padding
     order = sorted(range(len(requests)), key=lambda i: _columns(requests[i].targets[0]))
     chunks = [order[i : i + chunk] for i in range(0, len(order), chunk)]
-    found: list[TargetValues] = []
     bar = track(range(len(chunks) * search.steps), "target values", show=show_progress, unit="step")
     with plain_attention(adapter), torch.autocast(adapter.device.type, enabled=False), bar:
-        for indices in chunks:
-            found.append(
-                _search_chunk(adapter, tail, [requests[i] for i in indices], search, relative_to, budget, bar.update)
-            )
+        found = [
+            _search_chunk(adapter, tail, [requests[i] for i in chosen], search, relative_to, budget, bar.update)
+            for chosen in chunks
+        ]
     back = torch.tensor(order).argsort()
     return TargetValues(
         value=torch.cat([f.value for f in found])[back],
@@ -263,7 +262,7 @@ def _bucket(
         reference = None
     else:
         weight = torch.full((len(members),), search.kl, device=device)
-        where = [(j, 0) for j in range(len(members))]
+        where, token, share = [(j, 0) for j in range(len(members))], [0] * len(members), [1.0] * len(members)
         reference = tail.logits(tail.run(hidden, calls)[:, 0]).log_softmax(-1)
     return _Bucket(
         owner=owner,

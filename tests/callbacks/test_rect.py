@@ -71,7 +71,11 @@ def test_keeping_all_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     "optimizer",
-    [torch.optim.AdamW, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), lambda p: torch.optim.SGD(p, 0.1, weight_decay=1)],
+    [
+        torch.optim.AdamW,
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+        lambda p: torch.optim.SGD(p, 0.1, weight_decay=1),
+    ],
 )
 def test_refuses_an_optimizer_that_moves_masked_entries(optimizer, tmp_path):
     with pytest.raises(ValueError, match="plain SGD"):

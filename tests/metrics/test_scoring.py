@@ -111,7 +111,7 @@ def test_bad_input_is_refused_before_the_model_runs(tiny):
         score_targets(tiny, ["I think"] * 2, ["so", "x" * 200])
     with pytest.raises(ValueError, match="No token stands before"):
         score_targets(tiny, [""], ["so"])
-    with pytest.raises(ValueError, match="tokens_per_batch"):
+    with pytest.raises(ValueError, match="at least one token"):
         score_targets(tiny, ["I think"], ["so"], tokens_per_batch=0)
 
 
