@@ -12,6 +12,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from rect_lightning.callbacks.summary import Summary
 from rect_lightning.data import EditData
 from rect_lightning.editors import Editor
+from rect_lightning.editors.locate_then_edit import LocateThenEdit
 
 
 class EditTrainer(Trainer):
@@ -22,7 +23,14 @@ class EditTrainer(Trainer):
 
         Args:
             model: The editor.
+
+        Raises:
+            TypeError: It is an editor that uses none.
         """
+        if not isinstance(model, LocateThenEdit) or model.moments is None:
+            raise TypeError(
+                f"{type(model).__name__} as configured uses no second moments: there is nothing to prepare."
+            )
         self.strategy.connect(model)
         model.trainer = self
         model.configure_model()

@@ -15,7 +15,7 @@ from rect_lightning.solving.moments import Moments, second_moments
 from rect_lightning.solving.prefixes import Prefixes
 from rect_lightning.solving.solvers import Factored
 from rect_lightning.solving.texts import key_rows, search_rows
-from rect_lightning.solving.values import TargetValues, ValueSearch, search_values
+from rect_lightning.solving.values import SEARCHED_TOGETHER, TargetValues, ValueSearch, search_values
 
 
 class LocateThenEdit(Editor):
@@ -44,6 +44,7 @@ class LocateThenEdit(Editor):
         self.templates: tuple[str, ...] = ()
         self.factors: dict[int, Factored] = {}
         self.tail: Tail | None = None
+        self._ahead: dict[EditRequest, TargetValues] = {}
 
     def prepare(self) -> None:
         """Prefixes, the factored moments of each layer, and the part of the model that the search runs."""
@@ -66,9 +67,15 @@ class LocateThenEdit(Editor):
             self.factors = {layer: Factored(c, f"The second moment of layer {layer}") for layer, c in found.items()}
 
     def begin(self, requests: Sequence[EditRequest]) -> TargetValues:
-        """Search for the requests' target values."""
+        """The requests' target values."""
+        values = self._searched_ahead(requests) if self.mode == "single" else self._search(requests)
+        losses = values.losses.nan_to_num(torch.inf).min(dim=1).values
+        self.log("edit/search_loss", losses.mean(), batch_size=len(requests))
+        return values
+
+    def _search(self, requests: Sequence[EditRequest]) -> TargetValues:
         assert self.tail is not None
-        values = search_values(
+        return search_values(
             self.model,
             self.tail,
             search_rows(self.model, requests, self.templates),
@@ -76,9 +83,23 @@ class LocateThenEdit(Editor):
             relative_to=self.relative_to if self.model.writes_to_stream else "value",
             show_progress=self.show_progress,
         )
-        losses = values.losses.nan_to_num(torch.inf).min(dim=1).values
-        self.log("edit/search_loss", losses.mean(), batch_size=len(requests))
-        return values
+
+    def _searched_ahead(self, requests: Sequence[EditRequest]) -> TargetValues:
+        """Target values where every operation starts from the same weights: searched for many operations at once."""
+        if not self._ahead.keys() >= set(requests):
+            coming = list(dict.fromkeys([*requests, *self._coming(requests)]))
+            found = self._search(coming)
+            self._ahead = {request: found.take(i) for i, request in enumerate(coming)}
+        return TargetValues.cat([self._ahead[request] for request in requests])
+
+    def _coming(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
+        """The requests of this operation and of those after it, as far as the Trainer will go and one search reaches."""
+        dataset = getattr(self.trainer.train_dataloader, "dataset", None)
+        if not isinstance(dataset, list) or requests[0] not in dataset:
+            return []
+        first = dataset.index(requests[0])
+        operations = self.trainer.num_training_batches - self.trainer.fit_loop.epoch_loop.batch_idx
+        return dataset[first : first + min(SEARCHED_TOGETHER, int(operations) * len(requests))]
 
     def states(self, layer: int, requests: Sequence[EditRequest], templates: Sequence[str]) -> SubjectStates:
         """Activations at the subject in each template, all templates of the first request first."""

@@ -103,6 +103,7 @@ def run_to(adapter: Adapter, batch: Batch, layer: int) -> Trace:
         adapter.projection(layer).register_forward_hook(keep_value),
     ]
     later = list(adapter.blocks)[layer + 1 :]
+    wrappers = [block.__dict__.get("forward") for block in later]  # some libraries shadow the method in the same way
     for block in later:
         block.forward = note_call  # shadows the class's method on this one object, until it is deleted below
     try:
@@ -110,8 +111,10 @@ def run_to(adapter: Adapter, batch: Batch, layer: int) -> Trace:
             # an empty cache goes through all the blocks' arguments, where a Tail puts its own in its place
             adapter.backbone(**batch.inputs(), past_key_values=DynamicCache(), use_cache=False)
     finally:
-        for block in later:
+        for block, wrapper in zip(later, wrappers, strict=True):
             del block.forward
+            if wrapper is not None:
+                block.forward = wrapper
         for handle in handles:
             handle.remove()
     return Trace(hidden[0], value[0], calls)

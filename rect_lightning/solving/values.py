@@ -25,6 +25,9 @@ from rect_lightning.progress import track
 from rect_lightning.solving.batching import by_length, pad
 from rect_lightning.solving.blocks import Call, Tail, Trace, plain_attention, run_to, select_rows
 
+SEARCHED_TOGETHER = 64
+"""Requests of one chunk: enough to fill the batches, and what bounds the memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValueSearch:
@@ -76,6 +79,19 @@ class TargetValues:
     stream: Tensor
     offset: Tensor
     losses: Tensor
+
+    def take(self, request: int | Tensor) -> TargetValues:
+        """One request, or requests by an index."""
+        rows = torch.as_tensor(request, device=self.value.device).reshape(-1)
+        return TargetValues(**{name: getattr(self, name)[rows] for name in _FIELDS})
+
+    @staticmethod
+    def cat(parts: Sequence[TargetValues]) -> TargetValues:
+        """The requests of several searches, one after the other."""
+        return TargetValues(**{name: torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS})
+
+
+_FIELDS = ("value", "stream", "offset", "losses")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +151,7 @@ def search_values(
     search: ValueSearch,
     *,
     relative_to: str = "stream",
-    chunk: int = 64,
+    chunk: int = SEARCHED_TOGETHER,
     budget: int = 1024,
     show_progress: bool = False,
 ) -> TargetValues:
@@ -161,13 +177,7 @@ def search_values(
             _search_chunk(adapter, tail, [requests[i] for i in chosen], search, relative_to, budget, bar.update)
             for chosen in chunks
         ]
-    back = torch.tensor(order).argsort()
-    return TargetValues(
-        value=torch.cat([f.value for f in found])[back],
-        stream=torch.cat([f.stream for f in found])[back],
-        offset=torch.cat([f.offset for f in found])[back],
-        losses=torch.cat([f.losses for f in found])[back],
-    )
+    return TargetValues.cat(found).take(torch.tensor(order).argsort())
 
 
 def _search_chunk(
@@ -191,7 +201,8 @@ def _search_chunk(
         norm = offset.norm(dim=-1)
         decay = search.weight_decay / scale**2
         loss = loss + decay * norm
-        gradient = gradient + (decay / norm.clamp(min=torch.finfo(norm.dtype).tiny))[:, None] * offset
+        # the unit vector first: decay over a vanishing norm overflows, and the offset starts at zero
+        gradient = gradient + decay[:, None] * (offset / norm.clamp(min=torch.finfo(norm.dtype).tiny)[:, None])
         losses[active, step] = loss[active]
         active = active & (loss >= search.stop)
         if step == search.steps - 1 or not active.any():
@@ -213,7 +224,6 @@ def _prepare(
     """Run everything that the offset cannot change: the buckets, and value and stream of the bare prompts."""
     targets = [(i, row) for i, request in enumerate(requests) for row in request.targets]
     essences = [(i, request.essence) for i, request in enumerate(requests)] if search.kl else []
-    bare = {id(request.targets[0]): i for i, request in enumerate(requests)}
     value = stream = torch.empty(0)
     buckets = []
     for rows, is_target in ((targets, True), (essences, False)):
@@ -230,7 +240,7 @@ def _prepare(
                 value = bucket.value.new_zeros(len(requests), bucket.value.shape[-1])
                 stream = torch.zeros_like(value)
             for j, (i, row) in enumerate(members):
-                if bare.get(id(row)) == i and is_target:
+                if is_target and row is requests[i].targets[0]:
                     value[i], stream[i] = bucket.value[j], bucket.hidden[j, 0]
     return buckets, value, stream
 
@@ -282,7 +292,7 @@ def _loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """NLL and KL of each request, ``[requests]``, and their gradient, ``[requests, width]``."""
     leaf = offset.detach().requires_grad_()
-    loss = offset.new_zeros(len(offset))
+    loss, gradient = offset.new_zeros(len(offset)), torch.zeros_like(offset)
     for bucket in buckets:
         with torch.enable_grad():
             change = adapter.stream_change(tail.layer, bucket.value, leaf[bucket.owner])
@@ -296,10 +306,9 @@ def _loss_and_gradient(
                 now = logits.log_softmax(-1)
                 rows = (now.exp() * (now - bucket.reference)).sum(-1)
             rows = rows * bucket.weight
-            rows.sum().backward()
+            # not backward(), which would leave gradients on weights that are trained elsewhere
+            gradient += torch.autograd.grad(rows.sum(), leaf)[0]
         loss.index_add_(0, bucket.owner, rows.detach())
-    gradient = leaf.grad
-    assert gradient is not None
     return loss, gradient
 
 
