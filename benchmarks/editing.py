@@ -1,6 +1,6 @@
 """Edit CounterFact records with every variant below on SmolLM2, and write what came out as a Markdown table.
 
-    python benchmarks/editing.py counterfact.jsonl wikipedia.txt heldout.txt --out docs/editing.md
+    python -m benchmarks.editing counterfact.jsonl wikipedia.txt heldout.txt --out docs/editing.md
 
 The records are CounterFact's (``azhx/counterfact`` on the hub, as JSON lines), the texts any prose: the first for the second
 moments, the second for perplexity. Each variant is one run of the command line, kept under ``--runs`` and not run again.
@@ -24,19 +24,19 @@ COLUMNS = {
     "locality": "locality/probability",
     "perplexity": "perplexity/{prose}",
 }
-FULL = ["--trainer.precision", "32-true"]
+BF16 = ["--trainer.precision", "bf16-mixed"]
 NONE = ["--trainer.callbacks", "null"]
 END = ["--model.step_per", "operation"]
-SELF = ["--model.moments.source", "self", "--model.moments.tokens"]
+SELF = ["--model.moments.source", "self", "--model.moments.context", "128", "--model.moments.tokens"]
 MEMIT = ["memit_smollm2.yaml", "--data.limit", "100", "--data.batch_size", "100"]
-ROME = ["rome_smollm2.yaml", "--data.limit", "100"]
+ROME = ["rome_smollm2.yaml", "--data.limit", "100", *BF16]
 VARIANTS = {
-    "MEMIT, fp32": [*MEMIT, *FULL, *NONE],
     "MEMIT": [*MEMIT, *NONE],
-    "MEMIT + RECT 40, layer by layer": MEMIT,
-    "MEMIT + RECT 40 at the end": [*MEMIT, *END],
-    "MEMIT, C of 10 k self-sampled tokens": [*MEMIT, *NONE, *SELF, "10000"],
-    "MEMIT, C of 20 k self-sampled tokens": [*MEMIT, *NONE, *SELF, "20000"],
+    "MEMIT, search in bf16": [*MEMIT, *NONE, *BF16],
+    "MEMIT + RECT 40, layer by layer": [*MEMIT, *BF16],
+    "MEMIT + RECT 40, at the end": [*MEMIT, *END, *BF16],
+    "MEMIT, C from 10 k self-sampled tokens": [*MEMIT, *NONE, *BF16, *SELF, "10000"],
+    "MEMIT, C from 20 k self-sampled tokens": [*MEMIT, *NONE, *BF16, *SELF, "20000"],
     "ROME": [*ROME, *NONE],
     "ROME + RECT 40": ROME,
     "R-ROME": [*ROME, *NONE, "--model.key", "mean"],

@@ -1,5 +1,6 @@
 """The command line: Lightning's fit, validate, test and predict, and what only this tool does."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -69,6 +70,10 @@ class EditCLI(LightningCLI):
 
 def main(args: ArgsType = None) -> None:
     """Run the command line."""
+    log = logging.getLogger("rect_lightning")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
     # edits are computed in eval mode on purpose, and requests are few: neither needs a warning
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     warnings.filterwarnings("ignore", message=r".*does not have many workers")

@@ -49,11 +49,16 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device, *, anchors: Sequenc
     )
 
 
-def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def by_length(lengths: Sequence[int], budget: int, *, padding: float = 1.0) -> list[list[int]]:
     """Indices grouped into batches of similar length, longest first, each at most ``budget`` padded tokens.
 
     Longest first, so that what does not fit in memory fails at once and not at the end. A row longer than the budget
     gets a batch of its own.
+
+    Args:
+        lengths: Tokens of each row.
+        budget: Padded tokens of a batch.
+        padding: The largest share of a batch that may be padding.
 
     Raises:
         ValueError: The budget is not positive.
@@ -61,9 +66,14 @@ def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
     if budget < 1:
         raise ValueError(f"A batch needs a budget of at least one token, got {budget}.")
     batches: list[list[int]] = []
+    real = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
+        if batches:
+            padded = (len(batches[-1]) + 1) * lengths[batches[-1][0]]
+            if padded <= budget and real + lengths[index] >= (1 - padding) * padded:
+                batches[-1].append(index)
+                real += lengths[index]
+                continue
+        batches.append([index])
+        real = lengths[index]
     return batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from rect_lightning.progress import track
 from rect_lightning.solving import corpus, moment_files
 from rect_lightning.solving.blocks import ending_at
 from rect_lightning.solving.corpus import Moments
+
+_log = logging.getLogger(__name__)
 
 _BATCH_TOKENS = 4096  # in one forward pass
 
@@ -117,6 +120,10 @@ def second_moments(
         found = _cached(adapter, layers, folder, header)
         missing = [layer for layer in layers if layer not in found]
         if missing:
+            text = "text that the model samples" if moments.source == "self" else moments.source
+            _log.info(
+                "Second moments of layers %s from %s tokens of %s; kept for next time.", missing, moments.tokens, text
+            )
             state = folder / f"state-{'-'.join(map(str, missing))}.safetensors"
             computed = _pass(adapter, missing, moments, header, state, save_every, show_progress)
             for layer, moment in computed.items():

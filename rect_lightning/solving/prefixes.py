@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rect_lightning.models.adapter import Adapter
+from rect_lightning.models.encoding import encode
 
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
@@ -54,8 +55,7 @@ def sample_prefixes(
     texts = []
     for i in range(count):
         opening = _OPENINGS[i % len(_OPENINGS)]
-        start = tokenizer(opening)["input_ids"]
-        ids = torch.tensor([start], device=adapter.device)
+        ids = torch.tensor([encode(tokenizer, [opening])[0].ids], device=adapter.device)
         for _ in range(length):
             logits = adapter.logits(adapter.backbone(input_ids=ids, use_cache=False).last_hidden_state[0, -1])
             ids = torch.cat([ids, _pick(logits.float().cpu(), top_k, generator).to(ids.device)], dim=1)

@@ -227,7 +227,7 @@ def _prepare(
     value = stream = torch.empty(0)
     buckets = []
     for rows, is_target in ((targets, True), (essences, False)):
-        for indices in by_length([_columns(row) if is_target else 1 for _, row in rows], budget):
+        for indices in by_length([_columns(row) if is_target else 1 for _, row in rows], budget, padding=0.2):
             members = [rows[i] for i in indices]
             anchors = [row.subject for _, row in members]
             ids = [row.ids[:-1] if is_target else row.ids[: row.subject + 1] for _, row in members]

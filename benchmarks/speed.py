@@ -1,0 +1,220 @@
+"""Where the time of an edit goes, and how far each phase is from what the machine could do.
+
+    python -m benchmarks.speed --out docs/speed.md                         # SmolLM2 and the shipped facts
+    python -m benchmarks.speed --requests counterfact.jsonl --naive 10     # also public code's way, on 10 requests
+
+A bound is the arithmetic a phase cannot avoid at the machine's own speed of matrix products, or the bytes it has to move at the
+speed of memory. All numbers are of one run on one machine; compare ratios, not seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.machine import description, matrix_speed, memory_speed, timed
+from benchmarks.naive import naive_search
+from rect_lightning.cli import configs_folder
+from rect_lightning.data import EditRequest, read_requests
+from rect_lightning.metrics import evaluate
+from rect_lightning.models import Adapter, Source, adapter_for
+from rect_lightning.solving.blocks import Tail
+from rect_lightning.solving.keys import subject_states
+from rect_lightning.solving.moments import SecondMoment
+from rect_lightning.solving.prefixes import Prefixes
+from rect_lightning.solving.relative_change import largest, relative_change
+from rect_lightning.solving.solvers import Factored, least_squares
+from rect_lightning.solving.texts import key_rows, search_rows
+from rect_lightning.solving.values import SearchRows, TargetValues, ValueSearch, search_values
+
+TEMPLATES = ("{}", "The. {}", "Therefore, it is so. {}")
+FACTS = Path(__file__).parent.parent / "rect_lightning" / "data" / "facts.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Measured speeds."""
+
+    fp32: float
+    bf16: float
+    memory: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Seconds of a phase, and the least that its work could take."""
+
+    name: str
+    seconds: float
+    bound: float
+
+    def row(self) -> str:
+        """A row of the table."""
+        return f"| {self.name} | {self.seconds:.2f} | {self.bound:.2f} | {self.bound / self.seconds:.0%} |"
+
+
+class Work:
+    """The floating point operations of a model's parts."""
+
+    def __init__(self, adapter: Adapter, layer: int) -> None:
+        blocks = [sum(p.numel() for p in block.parameters()) for block in adapter.blocks]
+        self.below, self.above = sum(blocks[: layer + 1]), sum(blocks[layer + 1 :])
+        self.head = adapter.head.weight.numel()
+
+    def search(self, requests: list[SearchRows], found: TargetValues) -> float:
+        """Forward and backward to the offset: twice two operations a parameter, column and evaluation of the loss."""
+        evaluations = (~found.losses.isnan()).sum(dim=1).tolist()
+        total = 0.0
+        for request, steps in zip(requests, evaluations, strict=True):
+            columns = 1 + sum(len(row.ids) - 1 - row.subject for row in request.targets)
+            logits = 1 + sum(len(row.target_ids) for row in request.targets)
+            total += 4 * steps * (columns * self.above + logits * self.head)
+        return total
+
+
+def once(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds and result of one call."""
+    start = perf_counter()
+    result = function()
+    return perf_counter() - start, result
+
+
+def phases(adapter: Adapter, layers: list[int], requests: list[EditRequest], machine: Machine) -> list[Phase]:
+    """Time each phase of a MEMIT operation."""
+    last = layers[-1]
+    work = Work(adapter, last)
+    parameters = sum(p.numel() for p in adapter.model.parameters())
+    found = []
+
+    prefixes = Prefixes(count=5, lengths=(10,))
+    seconds, _ = once(lambda: prefixes.resolve(adapter))
+    found.append(Phase(name="prefixes", seconds=seconds, bound=50 * 4 * parameters / machine.memory))
+
+    rows = search_rows(adapter, requests, TEMPLATES)
+    search = ValueSearch()
+    for name, dtype, speed in (("fp32", torch.float32, machine.fp32), ("bf16", torch.bfloat16, machine.bf16)):
+        tail = Tail(adapter, last, dtype)
+        seconds, values = once(lambda tail=tail: search_values(adapter, tail, rows, search))
+        found.append(Phase(name=f"search, {name}", seconds=seconds, bound=work.search(rows, values) / speed))
+
+    of_keys = key_rows(adapter, requests, TEMPLATES)
+    seconds, states = once(lambda: subject_states(adapter, of_keys, last))
+    tokens = sum(row.subject + 1 for row in of_keys)
+    found.append(Phase(name="keys of a layer", seconds=seconds, bound=2 * tokens * work.below / machine.fp32))
+
+    width = states.key.shape[1]
+    keys = torch.randn(4096, width)
+    moment = SecondMoment(width)
+    seconds = timed(lambda: moment.update(keys))
+    found.append(Phase(name="moments of 4,096 keys", seconds=seconds, bound=2 * 4096 * width**2 / machine.fp32))
+
+    matrix = keys.T @ keys / len(keys) + 0.01 * torch.eye(width)
+    seconds, factor = once(lambda: Factored(matrix, "C"))
+    found.append(Phase(name="factor of C, fp64", seconds=seconds, bound=2 * width**3 / 3 / machine.fp32))
+    chosen = states.key[:: len(TEMPLATES)]
+    residuals = torch.randn(len(chosen), adapter.oriented(last, adapter.weight(last)).shape[0])
+    seconds = timed(lambda: least_squares(residuals, chosen, factor, 1000.0))
+    least = 2 * len(chosen) * width * (2 * width + residuals.shape[1]) * 2  # an fp64 operation is worth two of fp32
+    found.append(Phase(name="solve, fp64", seconds=seconds, bound=least / machine.fp32))
+
+    weight, update = torch.randn(45_000_000), torch.randn(45_000_000)
+    seconds = timed(lambda: update * largest(relative_change(update, weight), 0.4), 3)
+    found.append(Phase(name="RECT, 45 M entries", seconds=seconds, bound=12 * weight.numel() / machine.memory))
+    delta = relative_change(update, weight)
+    library = timed(lambda: delta.kthvalue(round(0.6 * delta.numel())), 1)
+    found.append(Phase(name="torch.kthvalue on the same", seconds=library, bound=4 * weight.numel() / machine.memory))
+
+    seconds, _ = once(lambda: evaluate(adapter, requests[:20]))
+    prompts = {p for r in requests[:20] for p in (r.text, *r.paraphrases, *(n.prompt for n in r.neighbours))}
+    tokens = sum(len(ids) for ids in adapter.tokenizer(list(prompts))["input_ids"])
+    found.append(Phase(name="metrics of 20 requests", seconds=seconds, bound=2 * tokens * parameters / machine.fp32))
+    return found
+
+
+def against_naive(adapter: Adapter, layer: int, requests: list[EditRequest]) -> list[str]:
+    """The search of the same requests in public code's way and in ours, seconds and ratios."""
+    rows, search = search_rows(adapter, requests, TEMPLATES), ValueSearch()
+    naive, expected = once(lambda: naive_search(adapter, layer, rows, search))
+    lines = [
+        "",
+        f"| search of {len(rows)} requests | seconds | speed-up | offset, cosine to the first |",
+        "|---|---|---|---|",
+    ]
+    lines.append(f"| one at a time, whole model, fp32 | {naive:.2f} | 1 | 1 |")
+    for title, dtype, together in (
+        ("together, fp32", torch.float32, len(rows)),
+        ("together, bf16", torch.bfloat16, len(rows)),
+        ("one at a time, fp32", torch.float32, 1),
+        ("one at a time, bf16", torch.bfloat16, 1),
+    ):
+        tail = Tail(adapter, layer, dtype)
+        groups = [rows[i : i + together] for i in range(0, len(rows), together)]
+        seconds, found = once(
+            lambda tail=tail, groups=groups: TargetValues.cat([search_values(adapter, tail, g, search) for g in groups])
+        )
+        cosine = torch.cosine_similarity(found.offset, expected).mean()
+        lines.append(f"| {title} | {seconds:.2f} | {naive / seconds:.1f} | {cosine:.6f} |")
+    return lines
+
+
+def growth(adapter: Adapter, layer: int, requests: list[EditRequest], counts: list[int]) -> list[str]:
+    """Seconds a request of the search, by the number of requests."""
+    tail, search = Tail(adapter, layer, torch.bfloat16), ValueSearch(steps=5)
+    lines = ["", "| requests | seconds of 5 bf16 steps | a request |", "|---|---|---|"]
+    for count in counts:
+        rows = search_rows(adapter, (requests * (count // len(requests) + 1))[:count], TEMPLATES)
+        seconds, _ = once(lambda rows=rows: search_values(adapter, tail, rows, search))
+        lines.append(f"| {count} | {seconds:.2f} | {seconds / count:.3f} |")
+    return lines
+
+
+def load(folder: str | None) -> Adapter:
+    """The model of a folder, or SmolLM2 as the shipped configuration names it."""
+    if folder is not None:
+        return adapter_for(*Source(name=folder).load())
+    config = yaml.safe_load((configs_folder() / "memit_smollm2.yaml").read_text())
+    return adapter_for(*Source(**config["model"]["init_args"]["base"]).load())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run all benchmarks and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a model; SmolLM2 if not given")
+    parser.add_argument("--layers", type=int, nargs="+", default=[6, 7, 8, 9, 10])
+    parser.add_argument("--requests", default=str(FACTS), help="file of requests; the shipped facts if not given")
+    parser.add_argument("--count", type=int, default=100, help="requests of the operation")
+    parser.add_argument("--naive", type=int, default=0, help="requests to search in public code's way as well")
+    parser.add_argument("--growth", type=int, nargs="*", default=[1, 10, 100], help="numbers of requests")
+    parser.add_argument("--out", type=Path, help="file for the tables; printed if not given")
+    args = parser.parse_args(arguments)
+    adapter = load(args.model)
+    requests = read_requests(args.requests)[: args.count]
+    machine = Machine(fp32=matrix_speed(torch.float32), bf16=matrix_speed(torch.bfloat16), memory=memory_speed())
+    lines = [
+        f"On {description()}: {machine.fp32 / 1e9:.0f} GFLOP/s in fp32, {machine.bf16 / 1e9:.0f} in bf16, "
+        f"{machine.memory / 1e9:.0f} GB/s. {len(requests)} requests, {len(TEMPLATES)} prefixes, layers {args.layers}.",
+        "",
+        "| phase | seconds | bound | of the bound |",
+        "|---|---|---|---|",
+        *(phase.row() for phase in phases(adapter, args.layers, requests, machine)),
+    ]
+    if args.naive:
+        lines += against_naive(adapter, args.layers[-1], requests[: args.naive])
+    lines += growth(adapter, args.layers[-1], requests, args.growth)
+    text = "\n".join(lines) + "\n"
+    if args.out:
+        args.out.write_text(text)
+    else:
+        sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

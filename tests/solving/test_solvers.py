@@ -1,0 +1,122 @@
+"""The closed forms against the textbook formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rect_lightning.solving.solvers import Factored, least_squares, rank_one
+
+
+def moment_of(width, low, high):
+    """A symmetric matrix with eigenvalues from ``low`` to ``high``, evenly in the exponent."""
+    basis = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64)).Q
+    eigenvalues = torch.logspace(torch.tensor(low).log10(), torch.tensor(high).log10(), width, dtype=torch.float64)
+    matrix = basis * eigenvalues @ basis.T
+    return (matrix + matrix.T) / 2
+
+
+def relative(found, expected):
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def memit(residuals, keys, moment, weight):
+    """``R Kᵀ (λC + K Kᵀ)⁻¹`` as the paper writes it, a system as wide as the layer."""
+    keys, residuals = keys.T.to(moment.dtype), residuals.T.to(moment.dtype)
+    return residuals @ keys.T @ torch.linalg.inv(weight * moment + keys @ keys.T)
+
+
+@pytest.mark.parametrize("requests", [1, 7, 24, 60])
+@pytest.mark.parametrize("weight", [0.5, 1000.0])
+def test_least_squares(requests, weight):
+    """With fewer keys than the layer is wide, as many, and more."""
+    moment = moment_of(24, 0.1, 10.0)
+    keys, residuals = torch.randn(requests, 24), torch.randn(requests, 16)
+    found = least_squares(residuals, keys, Factored(moment, "C"), weight)
+    assert found.shape == (16, 24)
+    assert found.dtype == torch.float64
+    assert relative(found, memit(residuals, keys, moment, weight)) < 1e-10
+
+
+def test_least_squares_with_a_moment_as_ill_conditioned_as_real_ones():
+    """Eigenvalues from 4e-3 to 4e4, where the same in fp32 is wrong."""
+    moment = moment_of(96, 4e-3, 4e4)
+    keys, residuals = torch.randn(40, 96), torch.randn(40, 32)
+    expected = memit(residuals, keys, moment, 100.0)
+    assert relative(least_squares(residuals, keys, Factored(moment, "C"), 100.0), expected) < 1e-6
+    solved = torch.linalg.solve(moment.float(), keys.T)
+    in_fp32 = residuals.T @ torch.linalg.solve(keys @ solved + 100 * torch.eye(40), solved.T)
+    assert relative(in_fp32, expected) > 1e-4
+
+
+def test_least_squares_is_the_minimum():
+    """Of ``Σ ‖ΔW k − r‖² + λ tr(ΔW C ΔWᵀ)``: a step in any direction makes it larger."""
+    moment, weight = moment_of(12, 0.1, 10.0), 3.0
+    keys, residuals = torch.randn(5, 12).double(), torch.randn(5, 8).double()
+
+    def loss(update):
+        return ((keys @ update.T - residuals) ** 2).sum() + weight * (update @ moment * update).sum()
+
+    found = least_squares(residuals, keys, Factored(moment, "C"), weight)
+    for _ in range(10):
+        step = torch.randn(8, 12).double()
+        assert loss(found + 1e-3 * step) > loss(found)
+        assert loss(found - 1e-3 * step) > loss(found)
+
+
+def test_inputs_are_left_alone():
+    moment = moment_of(12, 0.1, 10.0)
+    keys, residuals = torch.randn(5, 12).double(), torch.randn(5, 8).double()
+    copies = [x.clone() for x in (moment, keys, residuals)]
+    factored = Factored(moment, "C")
+    first = least_squares(residuals, keys, factored, 2.0)
+    assert torch.equal(least_squares(residuals, keys, factored, 2.0), first)
+    rank_one(residuals[0], keys[0], keys[1])
+    assert all(torch.equal(a, b) for a, b in zip((moment, keys, residuals), copies, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rank_one_maps_the_key_to_the_target(dtype):
+    weight, key, target = torch.randn(8, 12, dtype=dtype), torch.randn(12, dtype=dtype), torch.randn(8, dtype=dtype)
+    direction = torch.linalg.solve(moment_of(12, 1e-3, 1e3), key.double())
+    update = rank_one(target - weight @ key, direction, key)
+    assert update.dtype == torch.float64
+    assert relative((weight.double() + update) @ key.double(), target.double()) < 1e-5
+    assert torch.linalg.matrix_rank(update) == 1
+    other = torch.randn(12, dtype=torch.float64)
+    other -= direction * (other @ direction) / direction.square().sum()
+    assert (update @ other).norm() < 1e-10 * update.norm() * other.norm()
+    torch.testing.assert_close(rank_one(target - weight @ key, 7 * direction, key), update)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.1, 10.0), (4e-3, 4e4)])
+def test_factored_solves(low, high):
+    matrix = moment_of(24, low, high)
+    right = torch.randn(24, 5)
+    found = Factored(matrix, "C").solve(right)
+    assert found.dtype == torch.float64
+    assert relative(matrix @ found, right.double()) < 1e-7
+
+
+def bad_matrices():
+    keys = torch.randn(5, 12)
+    with_nan, with_inf, negative = torch.eye(12), torch.eye(12), torch.eye(12)
+    with_nan[3, 3] = with_nan[7, 2] = torch.nan
+    with_inf[3, 3] = torch.inf
+    negative[3, 3] = -1e-3
+    nan_below = torch.eye(12)
+    nan_below[11, 0] = nan_below[0, 11] = torch.nan
+    return {
+        "few tokens": keys.T @ keys,
+        "zero": torch.zeros(12, 12),
+        "nan": with_nan,
+        "a nan off the diagonal": nan_below,
+        "inf": with_inf,
+        "negative": negative,
+    }
+
+
+@pytest.mark.parametrize("kind", ["few tokens", "zero", "nan", "a nan off the diagonal", "inf", "negative"])
+def test_factored_refuses(kind):
+    with pytest.raises(ValueError, match=r"Layer 7's moment is not positive definite: .*12 rows.*moments\.tokens"):
+        Factored(bad_matrices()[kind], "Layer 7's moment")

@@ -1,0 +1,309 @@
+"""The command line, in this process, on a tiny model in a folder."""
+
+import csv
+import json
+import re
+
+import pytest
+import torch
+import yaml
+
+from rect_lightning import cli
+from rect_lightning.cli import main
+from tests import tiny
+from tests.editors.test_base import PROSE, RECORDS, opinionated
+
+TINY = """
+model:
+  class_path: rect_lightning.editors.MEMIT
+  init_args:
+    base: {name: BASE}
+    layers: [1, 2]
+    moments_weight: 0.1
+    search: {steps: 20, lr: 0.5, weight_decay: 0, clamp: 100, kl: 0}
+    prefixes: {templates: ["{}", "I think so. {}"]}
+    moments: {source: text.txt, tokens: 800, context: 32}
+    prose: text.txt
+data:
+  path: facts.jsonl
+  batch_size: 2
+trainer:
+  accelerator: cpu
+  enable_progress_bar: false
+  callbacks:
+    - class_path: rect_lightning.callbacks.RECT
+      init_args: {keep: 0.9}
+"""
+
+
+def furnish(folder, base):
+    """A user's working directory: facts, a text and a configuration."""
+    (folder / "facts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    (folder / "text.txt").write_text(PROSE)
+    (folder / "tiny.yaml").write_text(TINY.replace("BASE", str(base)))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    opinionated("llama").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def settle(folder, patch):
+    patch.chdir(folder)
+    patch.setenv("RECT_LIGHTNING_CACHE", str(folder / "cache"))
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # set by the command line, and taken back with the fixture
+        patch.setenv(name, "0")
+
+
+@pytest.fixture
+def here(tmp_path, base, monkeypatch):
+    """A working directory of its own for one test."""
+    furnish(tmp_path, base)
+    settle(tmp_path, monkeypatch)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory, base):
+    """A working directory after one fit."""
+    folder = tmp_path_factory.mktemp("fitted")
+    furnish(folder, base)
+    with pytest.MonkeyPatch.context() as patch:
+        settle(folder, patch)
+        main(["fit", "--config", "tiny.yaml"])
+    return folder
+
+
+@pytest.fixture
+def after_fit(fitted, monkeypatch):
+    settle(fitted, monkeypatch)
+    return fitted
+
+
+def newest(folder):
+    return max((folder / "runs").glob("version_*"), key=lambda path: int(path.name.partition("_")[2]))
+
+
+def printed(capsys, *arguments):
+    """The configuration that these arguments amount to."""
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--print_config"])
+    assert end.value.code in (0, None)
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def no_model(*_, **__):
+    raise AssertionError("the model is loaded")
+
+
+# A run and its folder ------------------------------------------------------------------------------------------------
+
+
+def test_fit_leaves_a_run_folder(fitted):
+    run = fitted / "runs" / "version_0"
+    files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert files >= {
+        "config.yaml", "metrics.csv", "metrics.json", "samples.json", "provenance.json", "checkpoints/edited.ckpt",
+    }  # fmt: skip
+    results = json.loads((run / "metrics.json").read_text())
+    assert results.keys() == {"before", "after"}
+    assert results["before"].keys() == results["after"].keys() >= {"efficacy/exact", "perplexity/text"}
+    assert results["before"]["efficacy/exact"] == 0
+    assert results["after"]["efficacy/exact"] == 1
+    told = json.loads((run / "provenance.json").read_text())
+    assert told["requests"] == ["a", "b", "c", "d"]
+    assert told["operations"] == 2
+    assert told == {k: v for k, v in checkpoint(run)["rect_lightning"].items() if k in told}
+    samples = json.loads((run / "samples.json").read_text())
+    assert len(samples) == 4
+    assert samples[1]["request"] == "The sport of LeBron James → French"
+    assert samples[1]["after"].startswith(" French")
+
+
+def checkpoint(run):
+    return torch.load(run / "checkpoints" / "edited.ckpt", weights_only=True)
+
+
+def test_every_operation_is_logged(fitted):
+    with open(fitted / "runs" / "version_0" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["edit/requests"] for row in rows if row["edit/requests"]] == ["2.0", "4.0"]
+    (kept,) = {name for name in rows[0] if re.fullmatch(r"rect/.*layers\.1\..*/kept", name)}
+    assert [float(row[kept]) for row in rows if row[kept]] == pytest.approx([0.9, 0.9], abs=1e-3)
+    (last,) = [row for row in rows if row["after/efficacy/exact"]]
+    assert float(last["after/efficacy/exact"]) == 1
+
+
+def test_the_saved_configuration_makes_the_same_edits_again(here):
+    main(["fit", "--config", "tiny.yaml"])
+    main(["fit", "--config", "runs/version_0/config.yaml"])
+    first, second = (checkpoint(here / "runs" / f"version_{i}")["state_dict"] for i in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    one, two = ((here / "runs" / f"version_{i}" / "metrics.json").read_text() for i in (0, 1))
+    assert one == two
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_measuring_a_checkpoint_gives_the_fit_s_metrics(after_fit, stage):
+    main([stage, "--config", "tiny.yaml", "--ckpt_path", "runs/version_0/checkpoints/edited.ckpt"])
+    run = newest(after_fit)
+    assert run.name != "version_0"
+    for name in ("metrics.json", "samples.json"):
+        found, expected = (json.loads((folder / name).read_text()) for folder in (run, run.parent / "version_0"))
+        assert found == expected
+
+
+def test_predict_shows_the_continuations(after_fit, capsys):
+    main([
+        "predict", "--config", "tiny.yaml", "--ckpt_path", "runs/version_0/checkpoints/edited.ckpt",
+        "--data.prompts", '["The sport of LeBron James"]',
+    ])  # fmt: skip
+    out = capsys.readouterr().out
+    assert "The sport of LeBron James" in out
+    assert "French" in out
+
+
+def test_moments_are_computed_ahead(here, monkeypatch):
+    main(["moments", "--config", "tiny.yaml"])
+    files = {path.name for path in (here / "cache" / "moments").rglob("*.safetensors")}
+    assert files == {f"model.layers.{layer}.mlp.down_proj.safetensors" for layer in (1, 2)}
+    assert not list(here.glob("runs/*/checkpoints/*")), "nothing is edited"
+
+    def no_pass(*_, **__):
+        raise AssertionError("the moments are computed again")
+
+    monkeypatch.setattr("rect_lightning.solving.moments._pass", no_pass)
+    main(["fit", "--config", "tiny.yaml"])
+
+
+def test_a_fit_prints_before_and_after(here, capsys):
+    main(["fit", "--config", "tiny.yaml", "--data.limit", "2", "--trainer.callbacks", "null"])
+    out = capsys.readouterr().out
+    assert re.search(r"efficacy/exact\W+0\.000\W+1\.000", out)
+    assert "perplexity/text" in out
+    assert "Run folder: runs/version_0" in out.replace("\n", "")
+    with open("runs/version_0/metrics.csv", newline="") as file:
+        assert not [name for name in next(csv.reader(file)) if name.startswith("rect/")]
+
+
+def test_a_fast_dev_run_makes_one_operation_and_leaves_nothing(here, capsys):
+    main(["fit", "--config", "tiny.yaml", "--trainer.fast_dev_run", "true"])
+    assert "Before and after the edits" in capsys.readouterr().out
+    assert not (here / "runs").exists()
+
+
+def test_limit_train_batches(here):
+    main(["fit", "--config", "tiny.yaml", "--trainer.limit_train_batches", "1"])
+    assert json.loads((here / "runs" / "version_0" / "provenance.json").read_text())["requests"] == ["a", "b"]
+
+
+# Configurations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "where", "expected"),
+    [
+        ("--model.search.steps", "3", "model.init_args.search.steps", 3),
+        ("--model.layers", "[0, 3]", "model.init_args.layers", [0, 3]),
+        ("--model.moments.tokens", "999", "model.init_args.moments.tokens", 999),
+        ("--model.moments", "null", "model.init_args.moments", None),
+        ("--model.base.revision", "main", "model.init_args.base.revision", "main"),
+        ("--model.step_per", "operation", "model.init_args.step_per", "operation"),
+        ("--data.batch_size", "7", "data.batch_size", 7),
+        ("--trainer.precision", "bf16-mixed", "trainer.precision", "bf16-mixed"),
+        ("--trainer.callbacks", "null", "trainer.callbacks", None),
+        ("--seed_everything", "5", "seed_everything", 5),
+    ],
+)
+def test_any_value_can_be_overridden(here, capsys, option, value, where, expected):
+    config = printed(capsys, "fit", "--config", "tiny.yaml", option, value)
+    for key in where.split("."):
+        config = config[key]
+    assert config == expected
+
+
+def test_callbacks_can_be_added(here, capsys):
+    added = ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.logging_interval=step"]
+    config = printed(capsys, "fit", "--config", "tiny.yaml", *added)
+    names = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
+    assert names == ["RECT", "LearningRateMonitor"]
+    assert config["trainer"]["callbacks"][0]["init_args"]["keep"] == 0.9
+
+
+@pytest.mark.parametrize("arguments", [["--config", "memit_gpt2xl.yaml"], ["--config=memit_gpt2xl.yaml"]])
+def test_a_shipped_configuration_is_found_from_anywhere(here, capsys, monkeypatch, arguments):
+    monkeypatch.setattr("rect_lightning.models.Source.load", no_model)
+    config = printed(capsys, "fit", *arguments)
+    assert config["model"]["class_path"] == "rect_lightning.editors.MEMIT"
+    assert config["model"]["init_args"]["base"]["name"] == "gpt2-xl"
+
+
+def test_a_file_of_that_name_here_wins(here, capsys):
+    (here / "memit_gpt2xl.yaml").write_text((here / "tiny.yaml").read_text())
+    config = printed(capsys, "fit", "--config", "memit_gpt2xl.yaml")
+    assert config["model"]["init_args"]["layers"] == [1, 2]
+
+
+def test_an_unknown_configuration_lists_the_shipped_ones(here):
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "memit_gpt5.yaml"])
+    assert "no file memit_gpt5.yaml" in end.value.code
+    assert all(path.name in end.value.code for path in cli.configs_folder().glob("*.yaml"))
+
+
+def test_help_names_the_options_and_loads_no_model(here, capsys, monkeypatch):
+    monkeypatch.setattr("rect_lightning.models.Source.load", no_model)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("fit", "validate", "test", "predict", "moments"))
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"facts\.jsonl is not there"),
+        ('{"subject": "a", "prompt": "{} is"}\n', "target_new"),
+        ('{"subject": "a", "prompt": "{} is", "target_new": ""}\n', "empty"),
+        ('{"subject": "a", "prompt": \n', "broken JSON"),
+        ("", "no records"),
+    ],
+)
+def test_bad_data_is_refused_before_the_model_is_loaded(here, monkeypatch, content, message):
+    monkeypatch.setattr("rect_lightning.models.Source.load", no_model)
+    (here / "facts.jsonl").unlink()
+    if content is not None:
+        (here / "facts.jsonl").write_text(content)
+    with pytest.raises((ValueError, OSError, SystemExit), match=message):
+        main(["fit", "--config", "tiny.yaml", "--model.base.name", "/nowhere"])
+
+
+def test_a_base_model_that_is_not_there(here):
+    with pytest.raises((OSError, SystemExit), match="no file or folder /nowhere"):
+        main(["fit", "--config", "tiny.yaml", "--model.base.name", "/nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--model.strength", "-1", "strength"),
+        ("--data.batch_size", "0", "batch_size must be at least 1"),
+        ("--model.moments_weight", "0", "moments_weight must be positive"),
+        ("--model.moments", "null", "MEMIT needs second moments"),
+        ("--model.prose", "nowhere.txt", r"nowhere\.txt"),
+        ("--model.mode", "sometimes", "sometimes"),
+        ("--model.no_such_option", "1", "no_such_option"),
+    ],
+)
+def test_a_bad_value_is_refused_before_the_model_is_loaded(here, monkeypatch, capsys, option, value, message):
+    monkeypatch.setattr("rect_lightning.models.Source.load", no_model)
+    with pytest.raises((ValueError, OSError, SystemExit)) as error:
+        main(["fit", "--config", "tiny.yaml", option, value])
+    assert re.search(message, f"{error.value} {capsys.readouterr().err}")

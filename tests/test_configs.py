@@ -1,0 +1,106 @@
+"""The configurations that come with the package."""
+
+import re
+import shlex
+
+import pytest
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+from rect_lightning.callbacks import RECT
+from rect_lightning.cli import configs_folder
+from rect_lightning.data import EditData
+from rect_lightning.editors import MEMIT, ROME, Editor
+
+FILES = sorted(configs_folder().glob("*.yaml"))
+MODELS = ("gpt2xl", "gptj-6b", "llama-7b", "llama2-7b", "llama3-8b", "qwen2.5-7b", "mistral-7b", "smollm2")
+every_config = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="module")
+def parser():
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+    # callbacks alone, since building a Trainer asks for the device
+    parser.add_lightning_class_args(Editor, "model", subclass_mode=True)
+    parser.add_lightning_class_args(EditData, "data")
+    return parser
+
+
+def comments(path):
+    """The comment that a file opens with, as lines without the sign, and all other comments."""
+    text = path.read_text(encoding="utf-8")
+    opening = re.match(r"(#.*\n)+", text)
+    assert opening, f"{path.name} does not open with a comment"
+    return [line.removeprefix("#").strip() for line in opening[0].splitlines()], re.findall(r"#.*", text)
+
+
+def test_all_are_there():
+    assert {f"{method}_{model}" for method in ("memit", "rome") for model in MODELS} <= {path.stem for path in FILES}
+
+
+@every_config
+def test_fits_the_signatures(path, parser):
+    config = parser.parse_args(["--config", str(path)])
+    built = parser.instantiate_classes(config)
+    method = {"memit": MEMIT, "rome": ROME}[path.stem.partition("_")[0]]
+    assert type(built.model) is method
+    assert built.model.adapter is None, "building an editor loads no model"
+    assert built.data.batch_size == 1 or method is MEMIT
+    assert built.data.batch_size >= 1
+    callbacks = config.trainer.callbacks
+    assert [type(callback) for callback in built.trainer.callbacks] == [RECT]
+    assert callbacks[0].init_args.keep == 0.4
+    assert built.model.layers == sorted(set(built.model.layers))
+    assert len(built.model.layers) == 1 or method is MEMIT
+
+
+@every_config
+def test_says_only_what_matters(path):
+    """Every value is looked at by its key once: YAML drops the first of two silently."""
+
+    class Strict(yaml.SafeLoader):
+        pass
+
+    def mapping(loader, node):
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"{path.name}: {keys}"
+        return {loader.construct_object(k, deep=True): loader.construct_object(v, deep=True) for k, v in node.value}
+
+    Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    config = yaml.load(path.read_text(encoding="utf-8"), Loader=Strict)
+    assert config.keys() == {"model", "data", "trainer"}
+
+
+@every_config
+def test_opens_with_the_exact_commands(path, parser):
+    opening, _ = comments(path)
+    commands = [shlex.split(line, comments=True) for line in opening if line.startswith("python ")]
+    assert ["python", "-m", "rect_lightning", "fit", "--config", path.name] in commands
+    assert any("--trainer.callbacks null" in " ".join(command) for command in commands)
+    for python, m, module, subcommand, *arguments in commands:
+        assert (python, m, module) == ("python", "-m", "rect_lightning")
+        assert subcommand in ("fit", "validate", "test", "predict", "moments")
+        assert arguments[:2] == ["--config", path.name]
+        parser.parse_args(["--config", str(path), *arguments[2:]])
+
+
+@every_config
+def test_the_options_that_comments_name_exist(path, parser):
+    _, all_comments = comments(path)
+    options = [shlex.split(option) for option in re.findall(r"`(--[^`]+)`", "\n".join(all_comments))]
+    assert options
+    before = parser.parse_args(["--config", str(path)])
+    for option in options:
+        assert parser.parse_args(["--config", str(path), *option]) != before, f"{option} changes nothing"
+
+
+def test_a_misspelt_option_is_refused(parser, tmp_path):
+    text = FILES[0].read_text(encoding="utf-8")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(text.replace("moments_weight", "moment_weight"))
+    assert wrong.read_text() != text
+    with pytest.raises(Exception, match="moment_weight"):
+        parser.parse_args(["--config", str(wrong)])
