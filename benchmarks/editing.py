@@ -33,8 +33,8 @@ ROME = ["rome_smollm2.yaml", "--data.limit", "100", *BF16]
 VARIANTS = {
     "MEMIT": [*MEMIT, *NONE],
     "MEMIT, search in bf16": [*MEMIT, *NONE, *BF16],
-    "MEMIT + RECT 40, layer by layer": [*MEMIT, *BF16],
-    "MEMIT + RECT 40, at the end": [*MEMIT, *END, *BF16],
+    "MEMIT + RECT 40, layer by layer": MEMIT,
+    "MEMIT + RECT 40, at the end": [*MEMIT, *END],
     "MEMIT, C from 10 k self-sampled tokens": [*MEMIT, *NONE, *BF16, *SELF, "10000"],
     "MEMIT, C from 20 k self-sampled tokens": [*MEMIT, *NONE, *BF16, *SELF, "20000"],
     "ROME": [*ROME, *NONE],

@@ -27,14 +27,14 @@ def cached_model():
 
 
 def fit(folder, patch, config, *options):
-    """Run a shipped configuration; the metrics and the seconds that it took."""
+    """Run a shipped configuration; the metrics, and the seconds that it took of all processors together."""
     patch.chdir(folder)
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # set by the command line, and taken back with the fixture
         patch.setenv(name, "0")
     moments = ["--model.moments.source", str(prose_path("prose")), "--model.moments.tokens", "2200"]
-    start = time.monotonic()
+    start = time.process_time()
     main(["fit", "--config", config, *moments, "--trainer.enable_progress_bar", "false", *options])
-    seconds = time.monotonic() - start
+    seconds = time.process_time() - start
     return json.loads((folder / "runs" / "version_0" / "metrics.json").read_text()), seconds
 
 
@@ -50,7 +50,7 @@ def test_memit_with_rect(cached_model, tmp_path, monkeypatch):
     assert after["generalisation/probability"] > before["generalisation/probability"]
     assert after["locality/probability"] > 0.5
     assert 0.9 < after["perplexity/prose"] / before["perplexity/prose"] < 1.5
-    assert seconds < 60
+    assert seconds < 120, "a minute on two cores"
 
 
 def test_rome_with_rect_one_at_a_time(cached_model, tmp_path, monkeypatch):
@@ -61,4 +61,4 @@ def test_rome_with_rect_one_at_a_time(cached_model, tmp_path, monkeypatch):
     assert results["after"]["efficacy/probability"] == 1
     assert results["after"]["efficacy/exact"] >= 0.5
     assert results["after"]["locality/probability"] > 0.5
-    assert seconds < 60
+    assert seconds < 120, "a minute on two cores"

@@ -24,7 +24,10 @@ def search_rows(adapter: Adapter, requests: Sequence[EditRequest], templates: Se
         subject_ends=[len(request.subject) for request in requests],
     )
     n = len(templates)
-    return [SearchRows(targets=tuple(rows[i * n : (i + 1) * n]), essence=row) for i, row in enumerate(essences)]
+    return [
+        SearchRows(targets=tuple(rows[i * n : (i + 1) * n]), essence=essence, id=request.id)
+        for i, (request, essence) in enumerate(zip(requests, essences, strict=True))
+    ]
 
 
 def _rows(adapter: Adapter, requests: Sequence[EditRequest], templates: Sequence[str], *, targets: bool) -> list[Row]:
@@ -37,9 +40,12 @@ def _rows(adapter: Adapter, requests: Sequence[EditRequest], templates: Sequence
     wanted = [request.target_new for request in requests for _ in templates] if targets else None
     rows = encode(adapter.tokenizer, prompts, wanted, ends)
     for i, row in enumerate(rows):
+        name = requests[i // len(templates)].id
+        if row.target <= row.subject:
+            raise ValueError(f"Request {name}: one token spans the end of its subject and its target; reword the prompt.")
         if len(row.ids) > adapter.context_length:
             raise ValueError(
-                f"Request {requests[i // len(templates)].id} has {len(row.ids)} tokens with its prefix, more than the "
+                f"Request {name} has {len(row.ids)} tokens with its prefix, more than the "
                 f"model's {adapter.context_length} positions: shorten its prompt or the prefixes."
             )
     return rows

@@ -58,10 +58,12 @@ class SearchRows:
     Attributes:
         targets: One row a prefix: prefix, prompt and target, with subject and target marked. The bare prompt is first.
         essence: The row of "{subject} is a", for the KL term.
+        id: Names the request in errors.
     """
 
     targets: tuple[Row, ...]
     essence: Row
+    id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +169,9 @@ def search_values(
         chunk: Requests searched for together; bounds the memory.
         budget: Padded tokens after the subject in one batch; bounds the memory of the backward pass.
         show_progress: Whether to show a bar.
+
+    Raises:
+        ValueError: A loss is not finite.
     """
     # requests with targets of like length together, so that batches are full and have little padding
     order = sorted(range(len(requests)), key=lambda i: _columns(requests[i].targets[0]))
@@ -203,6 +208,9 @@ def _search_chunk(
         loss = loss + decay * norm
         # the unit vector first: decay over a vanishing norm overflows, and the offset starts at zero
         gradient = gradient + decay[:, None] * (offset / norm.clamp(min=torch.finfo(norm.dtype).tiny)[:, None])
+        if not loss[active].isfinite().all():
+            names = ", ".join(r.id for r, bad in zip(requests, ~loss.isfinite() & active, strict=True) if bad)
+            raise ValueError(f"The search's loss is not finite for the requests {names}: is search.lr too large?")
         losses[active, step] = loss[active]
         active = active & (loss >= search.stop)
         if step == search.steps - 1 or not active.any():

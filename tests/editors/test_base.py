@@ -205,16 +205,17 @@ def test_the_surrogate_s_gradient_is_minus_the_update_bit_for_bit(tmp_path, monk
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_the_change_is_the_sum_of_the_masked_steps(tmp_path, family, step_per, strength):
     editor = memit(tmp_path, family, step_per=step_per, strength=strength)
-    masked = Recorder()
-    fit(editor, facts(tmp_path, batch_size=2), RECT(0.4), masked)
+    raw, masked = Recorder(), Recorder()
+    fit(editor, facts(tmp_path, batch_size=2), raw, RECT(0.4), masked)
     assert len(masked.steps) == (4 if step_per == "layer" else 2)
     for layer, clean in editor.clean.items():
-        steps = [step[layer] for step in masked.steps if layer in step]
+        steps = [(r[layer], m[layer]) for r, m in zip(raw.steps, masked.steps, strict=True) if layer in m]
         assert len(steps) == 2
-        assert all((step != 0).sum() == round(0.4 * step.numel()) for step in steps)
         weight = clean.clone()
-        for step in steps:
-            weight = weight - strength * step
+        for gradient, left in steps:
+            assert torch.equal(left, gradient * naive_mask(gradient, weight, 0.4)), "against the weight as it stands"
+            assert (left != 0).sum() == round(0.4 * left.numel())
+            weight = weight - strength * left
         assert torch.equal(editor.model.weight(layer), weight)
 
 

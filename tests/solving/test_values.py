@@ -185,16 +185,16 @@ def test_bos_tokenizer():
     assert_same(search_values(adapter, fp32_tail(adapter), rows, SEARCH, budget=24), expected)
 
 
-@pytest.mark.parametrize(("chunk", "budget"), [(1, 1024), (2, 1024), (64, 1), (64, 30), (2, 12)])
+@pytest.mark.parametrize(("chunk", "budget"), [(1, 1024), (64, 1), (2, 12)])
 def test_chunks_and_buckets_change_nothing_but_the_speed(tiny, chunk, budget):
-    rows = rows_of(tiny)
+    rows = rows_of(tiny, TEMPLATES[:2])
     tail = fp32_tail(tiny)
     whole = search_values(tiny, tail, rows, SEARCH, chunk=64, budget=100_000)
     assert_same(search_values(tiny, tail, rows, SEARCH, chunk=chunk, budget=budget), whole)
 
 
 def test_results_come_in_the_order_of_the_requests(tiny):
-    rows = rows_of(tiny)
+    rows = rows_of(tiny, ["{}"])
     tail = fp32_tail(tiny)
     forwards = search_values(tiny, tail, rows, SEARCH, chunk=2)
     backwards = search_values(tiny, tail, rows[::-1], SEARCH, chunk=2)
@@ -333,3 +333,13 @@ def test_a_bf16_tail_is_a_copy(tiny):
             parameter.data.mul_(3)
     assert torch.equal(search_values(tiny, tail, rows, SEARCH).offset, expected.offset)
     tiny.model.load_state_dict(kept)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_request():
+    adapter = tiny_models.adapter("llama")
+    request = EditRequest(id="r7", subject="LeBron James", prompt="{} plays", target_new="tennis")
+    rows = search_rows(adapter, [request], ["{}"])
+    with torch.no_grad():
+        adapter.norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite for the requests r7"):
+        search_values(adapter, Tail(adapter, 1, torch.float32), rows, ValueSearch(steps=2))
