@@ -1,6 +1,6 @@
 """``python -m rect_lightning``."""
 
-from rect_lightning.cli import main
+from rect_lightning.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

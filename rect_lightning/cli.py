@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,20 +11,24 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from rect_lightning.cache import cache_dir
 from rect_lightning.callbacks.summary import Summary
 from rect_lightning.data import EditData
 from rect_lightning.editors import Editor
 from rect_lightning.editors.locate_then_edit import LocateThenEdit
 
+_log = logging.getLogger("rect_lightning")
+
 
 class EditTrainer(Trainer):
     """A Trainer that can also do what comes before an edit."""
 
-    def moments(self, model: Editor) -> None:
+    def moments(self, model: Editor, datamodule: EditData | None = None) -> None:
         """Estimate the second moments that an editor needs and cache them, without editing anything.
 
         Args:
             model: The editor.
+            datamodule: Not needed.
 
         Raises:
             TypeError: It is an editor that uses none.
@@ -37,6 +42,7 @@ class EditTrainer(Trainer):
         model.configure_model()
         model.to(self.strategy.root_device)
         model.prepare_moments()
+        _log.info("The second moments of layers %s are in %s.", model.layers, cache_dir() / "moments")
 
 
 class EditCLI(LightningCLI):
@@ -45,7 +51,7 @@ class EditCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's subcommands, and ``moments``."""
-        return {**LightningCLI.subcommands(), "moments": {"model"}}
+        return {**LightningCLI.subcommands(), "moments": {"model", "datamodule"}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, after giving the names of shipped configurations their paths."""
@@ -68,15 +74,35 @@ class EditCLI(LightningCLI):
         )
 
 
+def run() -> None:
+    """The command: `main`, with what this package refuses told in a line and not as a traceback."""
+    _log.addHandler(logging.StreamHandler())
+    _log.setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    try:
+        main()
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
+        if not _is_refusal(error):
+            raise
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether an error was raised on purpose in this package, and not met by a library or by a bug."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(Path(__file__).parent) and (last.line or "").startswith("raise ")
+
+
 def main(args: ArgsType = None) -> None:
-    """Run the command line."""
-    log = logging.getLogger("rect_lightning")
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())
-        log.setLevel(logging.INFO)
+    """Run a command line.
+
+    Args:
+        args: The arguments; those of the process if not given.
+    """
     # edits are computed in eval mode on purpose, and requests are few: neither needs a warning
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     warnings.filterwarnings("ignore", message=r".*does not have many workers")
+    warnings.filterwarnings("ignore", message=r".*LeafSpec", module=r"lightning\.")
     EditCLI(
         Editor,
         EditData,

@@ -163,8 +163,12 @@ def test_predict_shows_the_continuations(after_fit, capsys):
         "--data.prompts", '["The sport of LeBron James"]',
     ])  # fmt: skip
     out = capsys.readouterr().out
-    assert "The sport of LeBron James" in out
-    assert "French" in out
+    shown = " ".join(out.replace("│", " ").split())  # a cell of the table wraps
+    for word in ("The sport of LeBron", "before", "after", "French"):
+        assert word in shown
+    [prediction] = json.loads((newest(after_fit) / "predictions.json").read_text())
+    assert prediction["prompt"] == "The sport of LeBron James"
+    assert "French" in prediction["before"] + prediction["after"]
 
 
 def test_moments_are_computed_ahead(here, monkeypatch):

@@ -1,7 +1,6 @@
 """Edits of a real model, SmolLM2-135M, as the shipped configurations make them but shorter."""
 
 import json
-import time
 
 import pytest
 import yaml
@@ -27,19 +26,17 @@ def cached_model():
 
 
 def fit(folder, patch, config, *options):
-    """Run a shipped configuration; the metrics, and the seconds that it took of all processors together."""
+    """Run a shipped configuration; the metrics."""
     patch.chdir(folder)
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # set by the command line, and taken back with the fixture
         patch.setenv(name, "0")
     moments = ["--model.moments.source", str(prose_path("prose")), "--model.moments.tokens", "2200"]
-    start = time.process_time()
     main(["fit", "--config", config, *moments, "--trainer.enable_progress_bar", "false", *options])
-    seconds = time.process_time() - start
-    return json.loads((folder / "runs" / "version_0" / "metrics.json").read_text()), seconds
+    return json.loads((folder / "runs" / "version_0" / "metrics.json").read_text())
 
 
 def test_memit_with_rect(cached_model, tmp_path, monkeypatch):
-    results, seconds = fit(
+    results = fit(
         tmp_path, monkeypatch, "memit_smollm2.yaml", "--data.limit", "8", "--data.batch_size", "8",
         "--model.search.steps", "12",
     )  # fmt: skip
@@ -50,15 +47,13 @@ def test_memit_with_rect(cached_model, tmp_path, monkeypatch):
     assert after["generalisation/probability"] > before["generalisation/probability"]
     assert after["locality/probability"] > 0.5
     assert 0.9 < after["perplexity/prose"] / before["perplexity/prose"] < 1.5
-    assert seconds < 120, "a minute on two cores"
 
 
 def test_rome_with_rect_one_at_a_time(cached_model, tmp_path, monkeypatch):
-    results, seconds = fit(
+    results = fit(
         tmp_path, monkeypatch, "rome_smollm2.yaml", "--data.limit", "2", "--model.prefixes.count", "2",
     )  # fmt: skip
     assert results["before"]["efficacy/probability"] <= 0.5
     assert results["after"]["efficacy/probability"] == 1
     assert results["after"]["efficacy/exact"] >= 0.5
     assert results["after"]["locality/probability"] > 0.5
-    assert seconds < 120, "a minute on two cores"

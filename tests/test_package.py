@@ -82,7 +82,7 @@ def test_the_version_is_one(setup):
 
 
 def test_the_command_is_the_module_s(setup):
-    assert lines(setup["options.entry_points"]["console_scripts"]) == ["rect_lightning = rect_lightning.cli:main"]
+    assert lines(setup["options.entry_points"]["console_scripts"]) == ["rect_lightning = rect_lightning.cli:run"]
 
 
 def test_malicious_releases_are_excluded(setup):

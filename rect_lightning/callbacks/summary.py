@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 class Summary(Callback):
@@ -29,20 +30,45 @@ class Summary(Callback):
         """Report."""
         self._report(trainer, pl_module)
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start collecting."""
+        self.predictions: list[dict[str, str]] = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect the continuations."""
+        self.predictions += outputs
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the continuations side by side, and write them to ``predictions.json``."""
+        if not trainer.is_global_zero:
+            return
+        console = Console()
+        console.print(samples_table(self.predictions))
+        if trainer.log_dir is not None:
+            self._write(Path(trainer.log_dir), {"predictions.json": self.predictions})
+            console.print(f"Run folder: {trainer.log_dir}", soft_wrap=True)
+
+    def _write(self, folder: Path, files: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
     def _report(self, trainer: Trainer, pl_module: Any) -> None:
         results = pl_module.results
         if not trainer.is_global_zero or not results["after"]:
             return
         samples = pl_module.measurement.samples
         if trainer.log_dir is not None:
-            folder = Path(trainer.log_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, content in (
-                ("metrics.json", results),
-                ("samples.json", samples),
-                ("provenance.json", pl_module.provenance()),
-            ):
-                (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            files = {"metrics.json": results, "samples.json": samples, "provenance.json": pl_module.provenance()}
+            self._write(Path(trainer.log_dir), files)
         console = Console()
         console.print(metrics_table(results))
         console.print(samples_table(samples))
@@ -63,10 +89,13 @@ def metrics_table(results: dict[str, dict[str, float]]) -> Table:
 
 
 def samples_table(samples: list[dict[str, str]]) -> Table:
-    """Raw continuations side by side."""
-    table = Table(title="Greedy continuations")
-    for column in ("request", "before", "after"):
+    """Raw continuations side by side, of requests or of prompts."""
+    table = Table(title="Greedy continuations", show_lines=True)
+    for column in ("prompt → new target" if samples and "request" in samples[0] else "prompt", "before", "after"):
         table.add_column(column, ratio=1, overflow="fold")
     for sample in samples:
-        table.add_row(sample["request"], sample["before"].strip(), sample["after"].strip())
+        # as text: brackets in it are not markup
+        table.add_row(
+            *(Text(t.strip()) for t in (sample.get("request", sample["prompt"]), sample["before"], sample["after"]))
+        )
     return table

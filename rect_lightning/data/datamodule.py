@@ -3,6 +3,8 @@
 # No `from __future__ import annotations`: the command line reads the types of the constructor.
 
 import random
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,5 +177,24 @@ class EditData(LightningDataModule):
         return prompts
 
 
+class _Batches(DataLoader):
+    """Batches in order, which a resumed run takes up where its checkpoint was saved: Lightning asks for the state."""
+
+    _handed_out = 0
+    _skip = 0
+
+    def __iter__(self) -> Iterator[list]:  # type: ignore[override]
+        self._handed_out, self._skip = self._skip % len(self), 0
+        for batch in islice(super().__iter__(), self._handed_out, None):
+            self._handed_out += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"handed_out": self._handed_out}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._skip = state["handed_out"]
+
+
 def _batches(items: list, size: int, sampler: DistributedSampler | None = None) -> DataLoader:
-    return DataLoader(items, batch_size=size, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
+    return _Batches(items, batch_size=size, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]

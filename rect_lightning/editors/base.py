@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
@@ -19,6 +21,9 @@ from rect_lightning.solving.relative_change import change_statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 class Editor(LightningModule, ABC):
@@ -75,6 +80,24 @@ class Editor(LightningModule, ABC):
         self.prose = prose
         self.measurement = Measurement()
         self.results: dict[str, dict[str, float]] = {"before": {}, "after": {}}
+
+    def setup(self, stage: str) -> None:
+        """Refuse what the Trainer asks for and editing cannot honour, before anything is loaded.
+
+        Raises:
+            ValueError: The precision would take the edited weights out of fp32.
+            RuntimeError: There are several processes.
+        """
+        if str(self.trainer.precision) not in _PRECISIONS:
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} would take the edited weights out of fp32, in which updates are "
+                f"exact; use one of {', '.join(_PRECISIONS)}."
+            )
+        if stage == "fit" and self.trainer.world_size > 1:
+            raise RuntimeError(
+                f"An edit operation needs all its requests in one process, and there are {self.trainer.world_size}: set "
+                "trainer.devices to 1."
+            )
 
     # The model ---------------------------------------------------------------------------------------------------
 
@@ -154,21 +177,12 @@ class Editor(LightningModule, ABC):
         return SGD([self.model.weight(layer) for layer in self.layers], lr=self.strength)
 
     def on_fit_start(self) -> None:
-        """Prepare what all operations share, from the clean model.
-
-        Raises:
-            TypeError: The Trainer's precision has taken the edited weights out of fp32.
-            RuntimeError: There are several processes.
-        """
-        if self.model.weight(self.layers[0]).dtype != torch.float32:
-            raise TypeError(
-                f"trainer.precision={self.trainer.precision} turns the edited weights into "
-                f"{self.model.weight(self.layers[0]).dtype}, in which small updates are lost to rounding: use bf16-mixed."
-            )
-        if self.trainer.world_size > 1:
-            raise RuntimeError(
-                f"An edit operation needs all its requests in one process, and there are {self.trainer.world_size}: set "
-                "trainer.devices to 1."
+        """Prepare what all operations share, from the clean model."""
+        if self.mode == "single":
+            # each operation's weights are gone after it, so a checkpoint could only hold the base model
+            self.trainer.callbacks = [c for c in self.trainer.callbacks if not isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
+            rank_zero_info(
+                "Single mode: the clean weights come back after each operation, and no checkpoint is written."
             )
         with self.clean_weights(), self._full_precision():
             self.prepare()
@@ -252,16 +266,17 @@ class Editor(LightningModule, ABC):
     def on_train_batch_end(self, outputs: Any, batch: list[EditRequest], batch_idx: int) -> None:
         """In single mode, measure this operation and put the clean weights back."""
         if self.mode == "single":
+            self._refuse_unchanged()
             self.measurement.add(self, batch)
             self.restore()
 
     def on_fit_end(self) -> None:
-        """Refuse to pass off the base model as an edited one.
+        """Refuse to pass off the base model as an edited one."""
+        if self.mode == "sequential" and self.operations:
+            self._refuse_unchanged()
 
-        Raises:
-            RuntimeError: Sequential edits were made and no weight differs from the base model.
-        """
-        if self.mode == "sequential" and self.operations and self.is_clean():
+    def _refuse_unchanged(self) -> None:
+        if self.is_clean():
             raise RuntimeError(
                 f"After {self.operations} edit operations no weight differs from the base model. Is a regulariser's keep, "
                 "or the editor's strength, so small that nothing is left of the updates?"
@@ -275,9 +290,13 @@ class Editor(LightningModule, ABC):
             self.measurement = Measurement()
 
     def validation_step(self, batch: list[EditRequest], batch_idx: int) -> None:
-        """Measure the requests on the clean model and on the edited one."""
-        if not self._measured_while_editing:
-            self.measurement.add(self, batch)
+        """Measure the requests on the clean model and on the edited one; in a fit, those that have been edited."""
+        if self._measured_while_editing:
+            return
+        if self.trainer.state.fn == "fit":
+            done = set(self.done)
+            batch = [request for request in batch if request.id in done]
+        self.measurement.add(self, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log all metrics, as ``before/…`` and ``after/…``."""
@@ -312,15 +331,19 @@ class Editor(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the edited weights alone, and what they are the edit of."""
-        names = {f"network.{self.model.projection_name(layer)}.weight" for layer in self.layers}
+        names = self._names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
         checkpoint["rect_lightning"] = self.provenance()
+
+    def _names(self) -> set[str]:
+        """The edited weights' names in a state dict."""
+        return {f"network.{self.model.projection_name(layer)}.weight" for layer in self.layers}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is one of this base model and these layers, and go on counting where it stopped.
 
         Raises:
-            ValueError: It is not an edit checkpoint, or one of another base model or other layers.
+            ValueError: It is not a whole edit checkpoint, or one of another base model or other layers.
         """
         told = checkpoint.get("rect_lightning")
         if told is None:
@@ -332,6 +355,11 @@ class Editor(LightningModule, ABC):
             )
         if told["layers"] != self.layers:
             raise ValueError(f"This checkpoint edits layers {told['layers']}, the configuration says {self.layers}.")
+        missing = self._names() - checkpoint["state_dict"].keys()
+        if missing:
+            raise ValueError(
+                f"This checkpoint lacks edited weights: {', '.join(sorted(missing))}. It cannot be loaded."
+            )
         self.operations, self.done = told["operations"], list(told["requests"])
 
     def provenance(self) -> dict[str, Any]:

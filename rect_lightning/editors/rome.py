@@ -37,16 +37,20 @@ class ROME(LocateThenEdit):
             raise ValueError(f"ROME edits one layer; got layers {self.layers}. MEMIT edits several.")
         self.key = key
 
+    def setup(self, stage: str) -> None:
+        """Refuse batches of several requests, before anything is loaded."""
+        super().setup(stage)
+        if stage == "fit":
+            data = getattr(self.trainer, "datamodule", None)
+            _check_one(getattr(data, "batch_size", 1))
+
     def begin(self, requests: Sequence[EditRequest]) -> TargetValues:
         """Search for the request's target value.
 
         Raises:
             ValueError: There are several requests.
         """
-        if len(requests) != 1:
-            raise ValueError(
-                f"ROME edits one request at a time and got {len(requests)}: set data.batch_size to 1, or use MEMIT."
-            )
+        _check_one(len(requests))
         return super().begin(requests)
 
     def compute_update(self, layer: int, requests: Sequence[EditRequest], state: TargetValues) -> Tensor:
@@ -60,3 +64,10 @@ class ROME(LocateThenEdit):
             return rank_one(target - states.value[0], u, states.key[0])
         # the layer is linear, so the mean of its outputs is its output for the mean key
         return rank_one(target - states.value.mean(0), u, mean_key)
+
+
+def _check_one(requests: int) -> None:
+    if requests != 1:
+        raise ValueError(
+            f"ROME edits one request at a time and got {requests}: set data.batch_size to 1, or use MEMIT."
+        )

@@ -42,7 +42,9 @@ def _rows(adapter: Adapter, requests: Sequence[EditRequest], templates: Sequence
     for i, row in enumerate(rows):
         name = requests[i // len(templates)].id
         if row.target <= row.subject:
-            raise ValueError(f"Request {name}: one token spans the end of its subject and its target; reword the prompt.")
+            raise ValueError(
+                f"Request {name}: one token spans the end of its subject and its target; reword the prompt."
+            )
         if len(row.ids) > adapter.context_length:
             raise ValueError(
                 f"Request {name} has {len(row.ids)} tokens with its prefix, more than the "

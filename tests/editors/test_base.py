@@ -425,14 +425,14 @@ def test_refuses_weights_that_are_not_fp32(tmp_path):
 def test_refuses_bf16_true_before_anything_is_computed(tmp_path, monkeypatch):
     editor = memit(tmp_path)
     monkeypatch.setattr("rect_lightning.editors.locate_then_edit.second_moments", no_moments)
-    with pytest.raises(TypeError, match=r"trainer\.precision=bf16-true .*use bf16-mixed"):
+    with pytest.raises(ValueError, match=r"trainer\.precision=bf16-true .*bf16-mixed"):
         fit(editor, facts(tmp_path), precision="bf16-true")
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_refuses_to_measure_in_bf16_true(tmp_path, stage):
     editor = memit(tmp_path)
-    with pytest.raises(TypeError, match=r"trainer\.precision=bf16-true"):
+    with pytest.raises(ValueError, match=r"trainer\.precision=bf16-true"):
         getattr(trainer(precision="bf16-true"), stage)(editor, datamodule=facts(tmp_path), verbose=False)
 
 
