@@ -94,8 +94,6 @@ def samples_table(samples: list[dict[str, str]]) -> Table:
     for column in ("prompt → new target" if samples and "request" in samples[0] else "prompt", "before", "after"):
         table.add_column(column, ratio=1, overflow="fold")
     for sample in samples:
-        # as text: brackets in it are not markup
-        table.add_row(
-            *(Text(t.strip()) for t in (sample.get("request", sample["prompt"]), sample["before"], sample["after"]))
-        )
+        texts = (sample.get("request", sample["prompt"]), sample["before"], sample["after"])
+        table.add_row(*(Text(" ".join(text.split())) for text in texts))  # as Text: brackets in it are no markup
     return table
