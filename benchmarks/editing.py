@@ -66,7 +66,7 @@ def table(found: dict[str, dict], prose: str) -> str:
     names = {title: name.format(prose=prose) for title, name in COLUMNS.items()}
     first = next(iter(found.values()))
     rows = {"before": first["before"], **{variant: results["after"] for variant, results in found.items()}}
-    lines = [" | ".join(["", "", *names, ""]).strip(), "|---" * (len(names) + 1) + "|"]
+    lines = ["| | " + " | ".join(title.strip() for title in names) + " |", "|---" * (len(names) + 1) + "|"]
     for variant, values in rows.items():
         cells = [f"{values[name]:.3f}" if name in values else "" for name in names.values()]
         lines.append("| " + " | ".join([variant, *cells]) + " |")

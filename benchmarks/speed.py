@@ -36,6 +36,7 @@ from rect_lightning.solving.texts import key_rows, search_rows
 from rect_lightning.solving.values import SearchRows, TargetValues, ValueSearch, search_values
 
 TEMPLATES = ("{}", "The. {}", "Therefore, it is so. {}")
+RECT_ENTRIES = 45_000_000  # a down projection of LLaMA 7B
 FACTS = Path(__file__).parent.parent / "rect_lightning" / "data" / "facts.jsonl"
 
 
@@ -125,7 +126,7 @@ def phases(adapter: Adapter, layers: list[int], requests: list[EditRequest], mac
     least = 2 * len(chosen) * width * (2 * width + residuals.shape[1]) * 2  # an fp64 operation is worth two of fp32
     found.append(Phase(name="solve, fp64", seconds=seconds, bound=least / machine.fp32))
 
-    weight, update = torch.randn(45_000_000), torch.randn(45_000_000)
+    weight, update = torch.randn(RECT_ENTRIES), torch.randn(RECT_ENTRIES)
     seconds = timed(lambda: update * largest(relative_change(update, weight), 0.4), 3)
     found.append(Phase(name="RECT, 45 M entries", seconds=seconds, bound=12 * weight.numel() / machine.memory))
     delta = relative_change(update, weight)

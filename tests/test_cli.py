@@ -311,3 +311,12 @@ def test_a_bad_value_is_refused_before_the_model_is_loaded(here, monkeypatch, ca
     with pytest.raises((ValueError, OSError, SystemExit)) as error:
         main(["fit", "--config", "tiny.yaml", option, value])
     assert re.search(message, f"{error.value} {capsys.readouterr().err}")
+
+
+def test_a_refusal_is_told_in_a_line_and_a_bug_with_its_traceback(here, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["rect_lightning", "fit", "--config", "tiny.yaml", "--data.path", "nowhere.jsonl"])
+    with pytest.raises(SystemExit, match=r"nowhere\.jsonl"):
+        cli.run()
+    monkeypatch.setattr(cli, "main", lambda: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        cli.run()

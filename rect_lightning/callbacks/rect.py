@@ -53,10 +53,13 @@ class RECT(Callback):
             raise ValueError(
                 f"The update of {name} has entries that are not finite; no weight was changed by this step."
             )
-        statistics = change_statistics(gradient * -lr, weight, self.thresholds)
-        mask = largest(relative_change(gradient, weight), self.keep)
-        gradient.mul_(mask)
-        return {**statistics, "kept": float(mask.double().mean())}
+        # the change is -lr times the gradient; one copy of the matrix and a mask are all that is held besides
+        delta = relative_change(gradient, weight).mul_(lr)
+        statistics = change_statistics(gradient, delta, self.thresholds)
+        mask = largest(delta, self.keep)
+        kept = int(mask.count_nonzero()) / mask.numel()
+        gradient.masked_fill_(mask.logical_not_(), 0)  # a product with a mask would first make a float copy of it
+        return {**statistics, "manhattan": lr * statistics["manhattan"], "kept": kept}
 
 
 def _check_plain_sgd(optimizer: Optimizer, group: dict) -> None:

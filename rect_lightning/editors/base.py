@@ -17,7 +17,7 @@ from rect_lightning.data.request import EditRequest
 from rect_lightning.editors.measure import Measurement, prose_path, with_perplexity
 from rect_lightning.models import Adapter, Source, adapter_for
 from rect_lightning.models.fingerprint import weights_fingerprint
-from rect_lightning.solving.relative_change import change_statistics
+from rect_lightning.solving.relative_change import change_statistics, relative_change
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -213,8 +213,9 @@ class Editor(LightningModule, ABC):
         self.log("edit/seconds", time.perf_counter() - start, batch_size=len(batch))
         self.log("edit/requests", float(len(self.done)), batch_size=len(batch), prog_bar=True)
         for layer in self.layers:
-            weight, clean = self.model.weight(layer).detach(), self.clean[layer].to(self.device)
-            statistics = change_statistics(weight - clean, clean, self.statistics)
+            clean = self.clean[layer].to(self.device)
+            change = self.model.weight(layer).detach() - clean
+            statistics = change_statistics(change, relative_change(change, clean), self.statistics)
             self.log_dict({f"change/{layer}/{key}": value for key, value in statistics.items()}, batch_size=len(batch))
 
     def _update(self, layer: int, requests: Sequence[EditRequest], state: Any) -> Tensor:

@@ -101,3 +101,21 @@ def test_refuses_an_update_that_is_not_finite(tmp_path):
 def test_imports_no_model_code():
     code = "import sys; from rect_lightning.callbacks import RECT; print('rect_lightning.models' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_45_million_entries_take_less_than_two_copies_of_the_matrix():
+    """A LLaMA down projection, in a process of its own so that its peak memory is RECT's."""
+    code = """
+import resource, torch
+from rect_lightning.callbacks import RECT
+weight = torch.nn.Parameter(torch.randn(4096, 11008)); weight.grad = torch.randn(4096, 11008)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.no_grad():
+    logged = RECT(keep=0.4)._mask(weight, 1.0, "weight")
+copies = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * weight.numel())
+kept = int((weight.grad != 0).sum())
+print(kept, round(copies, 2))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert int(out[0]) == round(0.4 * 4096 * 11008)
+    assert float(out[1]) < 2

@@ -71,7 +71,7 @@ def test_more_than_2_to_the_24_entries():
 
 def test_statistics():
     weight, update = torch.tensor([1.0, -2.0, 4.0, 0.0]), torch.tensor([0.1, 0.1, -1.0, 1.0])
-    found = rc.change_statistics(update, weight, [0.077, 0.171])
+    found = rc.change_statistics(update, rc.relative_change(update, weight), [0.077, 0.171])
     assert found == {
         "manhattan": pytest.approx(2.2, rel=1e-6),
         "above_0.077": 0.75,  # δ = 0.1, 0.05, 0.25, inf

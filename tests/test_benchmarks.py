@@ -1,0 +1,40 @@
+"""The benchmarks run; what they measure is not tested."""
+
+import pytest
+
+from benchmarks import editing, speed
+from tests import tiny
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny model in a folder, with positions enough for the shipped facts in a tokenizer that knows few words."""
+    model = tiny.model("llama")
+    model.config.max_position_embeddings = 512
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_speed_writes_its_tables(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "RECT_ENTRIES", 100_000)
+    monkeypatch.setattr(speed, "memory_speed", lambda: 1e10)
+    out = tmp_path / "speed.md"
+    speed.main([
+        "--model", str(folder), "--layers", "1", "2", "--count", "4", "--naive", "2", "--growth", "1", "3", "--out", str(out),
+    ])  # fmt: skip
+    text = out.read_text()
+    for phase in ("prefixes", "search, fp32", "search, bf16", "keys", "moments", "solve", "RECT", "metrics"):
+        assert f"| {phase}" in text
+    cosines = [float(line.split("|")[-2]) for line in text.splitlines() if line.startswith("| together, fp32")]
+    assert cosines == [pytest.approx(1, abs=1e-4)], "the fast search does not find what the naive one does"
+
+
+def test_the_editing_table():
+    names = {"efficacy/probability": 0.5, "efficacy/exact": 1 / 3, "perplexity/wt": 20.0}
+    found = {"MEMIT": {"before": names, "after": {**names, "efficacy/exact": 1.0}}}
+    lines = editing.table(found, "wt").splitlines()
+    assert len(lines) == 4
+    assert lines[1].count("|") == lines[0].count("|") == lines[2].count("|")
+    assert lines[2].split(" | ")[:3] == ["| before", "0.500", "0.333"]
+    assert lines[3].split(" | ")[:3] == ["| MEMIT", "0.500", "1.000"]
