@@ -5,6 +5,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -67,6 +68,7 @@ class EditCLI(LightningCLI):
         parser.set_defaults(
             {
                 "trainer.max_epochs": 1,
+                "trainer.devices": 1,
                 "trainer.log_every_n_steps": 1,
                 "trainer.num_sanity_val_steps": 0,
                 "trainer.enable_model_summary": False,
@@ -84,7 +86,7 @@ def run() -> None:
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         if not _is_refusal(error):
             raise
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
 
 
 def _is_refusal(error: BaseException) -> bool:
@@ -111,7 +113,12 @@ def main(args: ArgsType = None) -> None:
         seed_everything_default=0,
         trainer_defaults={
             "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": None}},
-            "callbacks": [ModelCheckpoint(filename="edited", save_last=True), Summary()],
+            "callbacks": [
+                ModelCheckpoint(filename="edited", save_last=True),
+                # of a long run there is something to go on from, at the price of a write in ten minutes
+                ModelCheckpoint(filename="running", train_time_interval=timedelta(minutes=10)),
+                Summary(),
+            ],
         },
         save_config_kwargs={"overwrite": True},
         args=args,

@@ -38,6 +38,7 @@ class Neighbour:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "answer", self.answer.strip())
+        object.__setattr__(self, "prompt", self.prompt.rstrip())
         if not self.prompt.strip():
             raise RequestError(
                 "a neighbour's prompt is empty; give it one or leave the neighbour out", field="neighbours"
@@ -79,6 +80,8 @@ class EditRequest:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_new", self.target_new.strip())
+        object.__setattr__(self, "prompt", self.prompt.rstrip())  # a target brings its own space
+        object.__setattr__(self, "paraphrases", tuple(prompt.rstrip() for prompt in self.paraphrases))
         if not self.subject.strip():
             raise RequestError("empty; say what the fact is about", field="subject")
         if (count := self.prompt.count(PLACEHOLDER)) != 1:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rect_lightning.data.request import EditRequest
 from rect_lightning.editors.measure import Measurement, prose_path, with_perplexity
+from rect_lightning.metrics import check_requests
 from rect_lightning.models import Adapter, Source, adapter_for
 from rect_lightning.models.fingerprint import weights_fingerprint
 from rect_lightning.solving.relative_change import change_statistics, relative_change
@@ -77,6 +78,8 @@ class Editor(LightningModule, ABC):
         self.clean: dict[int, Tensor] = {}
         self.operations = 0
         self.done: list[str] = []
+        self._before: dict[int, Tensor] = {}
+        self._put_aside: list[Checkpoint] = []
         self.prose = prose
         self.measurement = Measurement()
         self.results: dict[str, dict[str, float]] = {"before": {}, "after": {}}
@@ -124,8 +127,12 @@ class Editor(LightningModule, ABC):
                     "small updates are lost to rounding otherwise. Load the model in float32."
                 )
             weight.requires_grad_(True)
+        mixed = {parameter.dtype for parameter in network.parameters()} - {torch.float32}
+        if mixed:
+            raise TypeError(f"The model has weights in {', '.join(map(str, mixed))} besides fp32: load all in float32.")
         self.adapter = adapter
         self.network = network
+        self.operations, self.done, self._before = 0, [], {}
         self.fingerprint = weights_fingerprint(network)
         self.clean = {layer: adapter.weight(layer).detach().clone() for layer in self.layers}
 
@@ -180,10 +187,14 @@ class Editor(LightningModule, ABC):
         """Prepare what all operations share, from the clean model."""
         if self.mode == "single":
             # each operation's weights are gone after it, so a checkpoint could only hold the base model
-            self.trainer.callbacks = [c for c in self.trainer.callbacks if not isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            self._put_aside = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
+            self.trainer.callbacks = [c for c in callbacks if c not in self._put_aside]  # type: ignore[attr-defined]
+            self.measurement = Measurement()
             rank_zero_info(
                 "Single mode: the clean weights come back after each operation, and no checkpoint is written."
             )
+        check_requests(self.model, getattr(getattr(self.trainer, "datamodule", None), "requests", []))
         with self.clean_weights(), self._full_precision():
             self.prepare()
 
@@ -252,13 +263,15 @@ class Editor(LightningModule, ABC):
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        before = {layer: self.model.weight(layer).detach().clone() for layer in self.layers}
+        self._before = {layer: self.model.weight(layer).detach().clone() for layer in self.layers}
         try:
             yield
         except BaseException:
-            for layer, weight in before.items():
+            for layer, weight in self._before.items():
                 self.model.weight(layer).data.copy_(weight)
             raise
+        finally:
+            self._before = {}
 
     def _full_precision(self) -> torch.autocast:
         """Keys, moments and solves are computed as written, whatever the Trainer's precision."""
@@ -267,12 +280,18 @@ class Editor(LightningModule, ABC):
     def on_train_batch_end(self, outputs: Any, batch: list[EditRequest], batch_idx: int) -> None:
         """In single mode, measure this operation and put the clean weights back."""
         if self.mode == "single":
-            self._refuse_unchanged()
-            self.measurement.add(self, batch)
-            self.restore()
+            try:
+                self._refuse_unchanged()
+                with self._full_precision():
+                    self.measurement.add(self, batch)
+            finally:
+                self.restore()
 
     def on_fit_end(self) -> None:
         """Refuse to pass off the base model as an edited one."""
+        if self._put_aside:
+            self.trainer.callbacks += self._put_aside  # type: ignore[attr-defined]
+            self._put_aside = []
         if self.mode == "sequential" and self.operations:
             self._refuse_unchanged()
 
@@ -289,21 +308,29 @@ class Editor(LightningModule, ABC):
         """Start measuring anew, except after a fit in single mode, which has measured as it went."""
         if not self._measured_while_editing:
             self.measurement = Measurement()
+        if self.trainer.state.fn != "fit" and self.is_clean():
+            rank_zero_warn(
+                "No weight differs from the base model: what follows measures it twice. Give --ckpt_path of a run."
+            )
 
     def validation_step(self, batch: list[EditRequest], batch_idx: int) -> None:
         """Measure the requests on the clean model and on the edited one; in a fit, those that have been edited."""
-        if self._measured_while_editing:
+        if self._measured_while_editing or self.trainer.sanity_checking:
             return
         if self.trainer.state.fn == "fit":
             done = set(self.done)
             batch = [request for request in batch if request.id in done]
-        self.measurement.add(self, batch)
+        with self._full_precision():
+            self.measurement.add(self, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log all metrics, as ``before/…`` and ``after/…``."""
+        if self.trainer.sanity_checking:
+            return
         self.results = self.measurement.compute()
         if self.prose is not None and not self._measured_while_editing:
-            self.results = with_perplexity(self, self.results, self.prose)
+            with self._full_precision():
+                self.results = with_perplexity(self, self.results, self.prose)
         for when, values in self.results.items():
             self.log_dict({f"{when}/{name}": value for name, value in values.items()}, rank_zero_only=True)
 
@@ -317,7 +344,12 @@ class Editor(LightningModule, ABC):
 
     def predict_step(self, batch: list[str], batch_idx: int) -> list[dict[str, str]]:
         """Continue prompts greedily before and after the edits: ``{"prompt", "before", "after"}`` for each."""
-        return self.continuations(batch)
+        with self._full_precision():
+            return self.continuations(batch)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Hand a batch on as it is: requests are no tensors."""
+        return batch
 
     def continuations(self, prompts: Sequence[str], *, max_new_tokens: int = 20) -> list[dict[str, str]]:
         """Greedy continuations by the clean and by the edited model."""
@@ -333,12 +365,19 @@ class Editor(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the edited weights alone, and what they are the edit of."""
         names = self._names()
+        for layer, weight in self._before.items():
+            # in the middle of an operation, as where a scheduler's signal asks for a checkpoint: none of it has happened
+            checkpoint["state_dict"][self._name(layer)] = weight
+        _rewind(checkpoint, self.operations - self.trainer.current_epoch * self.trainer.num_training_batches)
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
         checkpoint["rect_lightning"] = self.provenance()
 
     def _names(self) -> set[str]:
         """The edited weights' names in a state dict."""
-        return {f"network.{self.model.projection_name(layer)}.weight" for layer in self.layers}
+        return {self._name(layer) for layer in self.layers}
+
+    def _name(self, layer: int) -> str:
+        return f"network.{self.model.projection_name(layer)}.weight"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is one of this base model and these layers, and go on counting where it stopped.
@@ -379,3 +418,11 @@ class Editor(LightningModule, ABC):
             "requests": self.done,
             "versions": versions(),
         }
+
+
+def _rewind(checkpoint: dict[str, Any], operations: float) -> None:
+    """Let a resumed epoch begin after the operations that were completed: an unfinished or failed one is made again."""
+    loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+    for state in loop.get("combined_loader", []):
+        if "handed_out" in state:
+            state["handed_out"] = int(min(state["handed_out"], operations))

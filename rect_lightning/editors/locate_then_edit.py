@@ -1,7 +1,7 @@
 """What ROME, MEMIT and their kin share: a target value for each request, keys over prefixes, and the moments."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from rect_lightning.solving.moments import Moments, second_moments
 from rect_lightning.solving.prefixes import Prefixes
 from rect_lightning.solving.solvers import Factored
 from rect_lightning.solving.texts import key_rows, search_rows
-from rect_lightning.solving.values import SEARCHED_TOGETHER, TargetValues, ValueSearch, search_values
+from rect_lightning.solving.values import TargetValues, ValueSearch, search_values
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LocateThenEdit(Editor):
@@ -46,10 +49,16 @@ class LocateThenEdit(Editor):
         self.tail: Tail | None = None
         self._ahead: dict[EditRequest, TargetValues] = {}
 
+    def attach(self, network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Edit this model; what was computed for another one is forgotten."""
+        super().attach(network, tokenizer)
+        self.templates, self.factors, self.tail, self._ahead = (), {}, None, {}
+
     def prepare(self) -> None:
         """Prefixes, the factored moments of each layer, and the part of the model that the search runs."""
         self.templates = self.templates or self.prefixes.resolve(self.model)
         self.prepare_moments()
+        self._ahead = {}
         bf16 = "bf16" in str(self.trainer.precision)
         self.tail = Tail(self.model, self.layers[-1], torch.bfloat16 if bf16 else torch.float32)
 
@@ -65,6 +74,11 @@ class LocateThenEdit(Editor):
                 show_progress=self.show_progress,
             )
             self.factors = {layer: Factored(c, f"The second moment of layer {layer}") for layer, c in found.items()}
+
+    def on_fit_end(self) -> None:
+        """Let go of the search's copy of the model."""
+        super().on_fit_end()
+        self.tail, self._ahead = None, {}
 
     def begin(self, requests: Sequence[EditRequest]) -> TargetValues:
         """The requests' target values."""
@@ -99,7 +113,7 @@ class LocateThenEdit(Editor):
             return []
         first = dataset.index(requests[0])
         operations = self.trainer.num_training_batches - self.trainer.fit_loop.epoch_loop.batch_idx
-        return dataset[first : first + min(SEARCHED_TOGETHER, int(operations) * len(requests))]
+        return dataset[first : first + int(min(self.search.together, operations * len(requests)))]
 
     def states(self, layer: int, requests: Sequence[EditRequest], templates: Sequence[str]) -> SubjectStates:
         """Activations at the subject in each template, all templates of the first request first."""

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from rect_lightning.metrics.forward import check_lengths
 from rect_lightning.metrics.scoring import TargetScore, score_targets
+from rect_lightning.models.encoding import encode
 
 if TYPE_CHECKING:
     from rect_lightning.data.request import EditRequest
@@ -61,13 +63,8 @@ def evaluate(adapter: Adapter, requests: Sequence[EditRequest], *, show_progress
     Raises:
         ValueError: As `score_targets`.
     """
-    questions: list[tuple[str, str, str | None]] = []
-    for request in requests:
-        questions.append((request.text, request.target_new, request.target_true))
-        questions.extend((prompt, request.target_new, request.target_true) for prompt in request.paraphrases)
-        questions.extend((n.prompt, request.target_new, n.answer) for n in request.neighbours)
-    asked = [(prompt, target) for prompt, *targets in questions for target in targets if target is not None]
-    prompts, targets = [prompt for prompt, _ in asked], [target for _, target in asked]
+    questions = _questions(requests)
+    prompts, targets = _asked(questions)
     scores = iter(score_targets(adapter, prompts, targets, show_progress=show_progress))
     pairs = (Pair(next(scores), None if true is None else next(scores)) for *_, true in questions)
     return [
@@ -78,6 +75,32 @@ def evaluate(adapter: Adapter, requests: Sequence[EditRequest], *, show_progress
         )
         for request in requests
     ]
+
+
+def check_requests(adapter: Adapter, requests: Sequence[EditRequest]) -> None:
+    """Refuse requests that `evaluate` could not measure, before anything is spent on them.
+
+    Raises:
+        ValueError: A prompt with its answer does not fit the model's context.
+    """
+    prompts, targets = _asked(_questions(requests))
+    check_lengths(adapter, [len(row.ids) for row in encode(adapter.tokenizer, prompts, targets)], prompts)
+
+
+def _questions(requests: Sequence[EditRequest]) -> list[tuple[str, str, str | None]]:
+    """Every prompt with the new target and the other answer, in the order of the requests."""
+    questions: list[tuple[str, str, str | None]] = []
+    for request in requests:
+        questions.append((request.text, request.target_new, request.target_true))
+        questions.extend((prompt, request.target_new, request.target_true) for prompt in request.paraphrases)
+        questions.extend((n.prompt, request.target_new, n.answer) for n in request.neighbours)
+    return questions
+
+
+def _asked(questions: Sequence[tuple[str, str, str | None]]) -> tuple[list[str], list[str]]:
+    """The prompts and the answers to score, pairs in order."""
+    asked = [(prompt, target) for prompt, *targets in questions for target in targets if target is not None]
+    return [prompt for prompt, _ in asked], [target for _, target in asked]
 
 
 _TAKEN = ("probability", "magnitude", "exact", "token")

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3, which normalise the MLP's output before it joins the residual stream."""
+"""Gemma 2 and the text models of Gemma 3, which normalise the MLP's output before it joins the residual stream."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class Gemma(Adapter):
         """
         norm = self._post_norm(layer)
         gain = norm(torch.ones_like(value))  # rms(1) = 1, so this reads the gain whatever way the norm stores it
-        wanted = (norm(value) + change) / gain
+        # a channel with hardly any gain cannot carry the change, and must not take it over
+        floor = 1e-3 * gain.abs().mean(-1, keepdim=True)
+        wanted = (norm(value) + change) / torch.where(gain.abs() < floor, floor.copysign(gain), gain)
         return wanted * _rms(value) / _rms(wanted) - value
 
     def logits(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:

@@ -156,14 +156,14 @@ class Tail:
     """
 
     def __init__(self, adapter: Adapter, layer: int, dtype: torch.dtype) -> None:
-        parts = nn.ModuleList([nn.ModuleList(list(adapter.blocks)[layer + 1 :]), adapter.norm, adapter.head])
-        if dtype != next(parts.parameters()).dtype:
-            with plain_attention(adapter):  # the copy's configuration is a copy as well and stays like this
-                parts = copy.deepcopy(parts).to(dtype)
-        blocks: Any = parts[0]
+        parts = [*list(adapter.blocks)[layer + 1 :], adapter.norm, adapter.head]
+        if dtype != next(adapter.norm.parameters()).dtype:
+            with plain_attention(adapter):  # a copy's configuration is a copy as well and stays like this
+                # one by one: two copies of the whole tail in full precision would be more than the search saves
+                parts = [copy.deepcopy(part).to(dtype) for part in parts]
         self.adapter, self.layer, self.dtype = adapter, layer, dtype
-        self.blocks: list[nn.Module] = list(blocks)
-        self.norm, self.head = parts[1], parts[2]
+        self.blocks: list[nn.Module] = parts[:-2]
+        self.norm, self.head = parts[-2:]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits in fp32 of the last block's output."""

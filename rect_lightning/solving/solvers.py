@@ -28,7 +28,8 @@ class Factored:
 
     def solve(self, right: Tensor) -> Tensor:
         """``matrix⁻¹ right`` for ``right`` of ``[n, columns]``, float64."""
-        return torch.cholesky_solve(right.double(), self.factor)
+        found = torch.cholesky_solve(right.to(self.factor.device, torch.float64), self.factor)
+        return found.to(right.device)
 
 
 def rank_one(residual: Tensor, direction: Tensor, key: Tensor) -> Tensor:
@@ -49,8 +50,8 @@ def rank_one(residual: Tensor, direction: Tensor, key: Tensor) -> Tensor:
 def least_squares(residuals: Tensor, keys: Tensor, moment: Factored, weight: float) -> Tensor:
     """MEMIT's update ``ΔW = R Kᵀ (λC + K Kᵀ)⁻¹`` (Meng et al. 2023, MEMIT, eq. 14), with columns of K and R as rows here.
 
-    With ``A = C⁻¹ K`` (Woodbury) it is ``R (λI + Kᵀ A)⁻¹ Aᵀ``: the system to solve has as many rows as there are keys,
-    however wide the layer, and the factor of C serves every batch.
+    With fewer keys than their width it is ``R (λI + Kᵀ A)⁻¹ Aᵀ`` with ``A = C⁻¹ K`` (Woodbury): a system of as many rows as
+    there are keys, and one factor of C serves every batch. With more keys the system is of their width.
 
     Args:
         residuals: ``R``, ``[requests, out]``.
@@ -62,6 +63,10 @@ def least_squares(residuals: Tensor, keys: Tensor, moment: Factored, weight: flo
         ``ΔW``, ``[out, in]``, float64.
     """
     keys, residuals = keys.double(), residuals.double()
+    if len(keys) > keys.shape[1]:
+        factor = moment.factor.to(keys.device)
+        whole = Factored(weight * (factor @ factor.T) + keys.T @ keys, "λC + K Kᵀ")
+        return whole.solve(keys.T @ residuals).T
     solved = moment.solve(keys.T)
     system = keys @ solved
     system.diagonal().add_(weight)

@@ -25,9 +25,6 @@ from rect_lightning.progress import track
 from rect_lightning.solving.batching import by_length, pad
 from rect_lightning.solving.blocks import Call, Tail, Trace, plain_attention, run_to, select_rows
 
-SEARCHED_TOGETHER = 64
-"""Requests of one chunk: enough to fill the batches, and what bounds the memory."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ValueSearch:
@@ -45,10 +42,12 @@ class ValueSearch:
     """Weight of the divergence on "{subject} is a"."""
     stop: float = 0.05
     """A request is done when its loss is below this."""
+    together: int = 64
+    """Requests searched for at once: fewer take less memory, more fill the batches."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.lr <= 0 or self.clamp <= 0:
-            raise ValueError(f"A value search needs steps >= 1, lr > 0 and clamp > 0; got {self}.")
+        if self.steps < 1 or self.lr <= 0 or self.clamp <= 0 or self.together < 1:
+            raise ValueError(f"A value search needs steps >= 1, lr > 0, clamp > 0 and together >= 1; got {self}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +152,6 @@ def search_values(
     search: ValueSearch,
     *,
     relative_to: str = "stream",
-    chunk: int = SEARCHED_TOGETHER,
     budget: int = 1024,
     show_progress: bool = False,
 ) -> TargetValues:
@@ -166,7 +164,6 @@ def search_values(
         search: Hyper-parameters.
         relative_to: Whether ``h₀``, which clamp and weight decay are relative to, is the block's output (``"stream"``, as
             MEMIT has it) or the down projection's (``"value"``, as ROME has it).
-        chunk: Requests searched for together; bounds the memory.
         budget: Padded tokens after the subject in one batch; bounds the memory of the backward pass.
         show_progress: Whether to show a bar.
 
@@ -175,7 +172,7 @@ def search_values(
     """
     # requests with targets of like length together, so that batches are full and have little padding
     order = sorted(range(len(requests)), key=lambda i: _columns(requests[i].targets[0]))
-    chunks = [order[i : i + chunk] for i in range(0, len(order), chunk)]
+    chunks = [order[i : i + search.together] for i in range(0, len(order), search.together)]
     bar = track(range(len(chunks) * search.steps), "target values", show=show_progress, unit="step")
     with plain_attention(adapter), torch.autocast(adapter.device.type, enabled=False), bar:
         found = [
@@ -194,6 +191,7 @@ def _search_chunk(
     budget: int,
     advance: Callable[[int], object],
 ) -> TargetValues:
+    buckets: list[_Bucket | None]
     buckets, value, stream = _prepare(adapter, tail, requests, search, budget)
     origin = value if relative_to == "value" else stream
     scale = origin.norm(dim=-1)
@@ -215,7 +213,8 @@ def _search_chunk(
         active = active & (loss >= search.stop)
         if step == search.steps - 1 or not active.any():
             break
-        buckets = [bucket for b in buckets if (bucket := b.of(active)) is not None]
+        for i, bucket in enumerate(buckets):  # in place, so that a bucket's caches go as soon as it has shrunk
+            buckets[i] = bucket and bucket.of(active)
         moved = _adam(offset, gradient, first_moment, second_moment, step + 1, search.lr)
         limit = search.clamp * scale
         moved = moved * (limit / moved.norm(dim=-1).clamp(min=limit))[:, None]
@@ -228,12 +227,12 @@ def _search_chunk(
 @torch.no_grad()
 def _prepare(
     adapter: Adapter, tail: Tail, requests: Sequence[SearchRows], search: ValueSearch, budget: int
-) -> tuple[list[_Bucket], Tensor, Tensor]:
+) -> tuple[list[_Bucket | None], Tensor, Tensor]:
     """Run everything that the offset cannot change: the buckets, and value and stream of the bare prompts."""
     targets = [(i, row) for i, request in enumerate(requests) for row in request.targets]
     essences = [(i, request.essence) for i, request in enumerate(requests)] if search.kl else []
     value = stream = torch.empty(0)
-    buckets = []
+    buckets: list[_Bucket | None] = []
     for rows, is_target in ((targets, True), (essences, False)):
         for indices in by_length([_columns(row) if is_target else 1 for _, row in rows], budget, padding=0.2):
             members = [rows[i] for i in indices]
@@ -296,12 +295,14 @@ def _bucket(
 
 
 def _loss_and_gradient(
-    adapter: Adapter, tail: Tail, buckets: Sequence[_Bucket], offset: Tensor
+    adapter: Adapter, tail: Tail, buckets: Sequence[_Bucket | None], offset: Tensor
 ) -> tuple[Tensor, Tensor]:
     """NLL and KL of each request, ``[requests]``, and their gradient, ``[requests, width]``."""
     leaf = offset.detach().requires_grad_()
     loss, gradient = offset.new_zeros(len(offset)), torch.zeros_like(offset)
     for bucket in buckets:
+        if bucket is None:
+            continue
         with torch.enable_grad():
             change = adapter.stream_change(tail.layer, bucket.value, leaf[bucket.owner])
             hidden = torch.cat([bucket.hidden[:, :1] + change[:, None], bucket.hidden[:, 1:]], dim=1)

@@ -85,7 +85,7 @@ def test_every_family(family):
     expected = naive_search(doubled(adapter), LAYER, rows, search)
     limited = expected.offset.norm(dim=-1) / expected.stream.norm(dim=-1) > search.clamp * 0.9999
     assert limited.any()
-    assert_same(search_values(adapter, tail, rows, search, chunk=3, budget=24), expected)
+    assert_same(search_values(adapter, tail, rows, replace(search, together=3), budget=24), expected)
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
@@ -189,15 +189,15 @@ def test_bos_tokenizer():
 def test_chunks_and_buckets_change_nothing_but_the_speed(tiny, chunk, budget):
     rows = rows_of(tiny, TEMPLATES[:2])
     tail = fp32_tail(tiny)
-    whole = search_values(tiny, tail, rows, SEARCH, chunk=64, budget=100_000)
-    assert_same(search_values(tiny, tail, rows, SEARCH, chunk=chunk, budget=budget), whole)
+    whole = search_values(tiny, tail, rows, replace(SEARCH, together=64), budget=100_000)
+    assert_same(search_values(tiny, tail, rows, replace(SEARCH, together=chunk), budget=budget), whole)
 
 
 def test_results_come_in_the_order_of_the_requests(tiny):
     rows = rows_of(tiny, ["{}"])
     tail = fp32_tail(tiny)
-    forwards = search_values(tiny, tail, rows, SEARCH, chunk=2)
-    backwards = search_values(tiny, tail, rows[::-1], SEARCH, chunk=2)
+    forwards = search_values(tiny, tail, rows, replace(SEARCH, together=2))
+    backwards = search_values(tiny, tail, rows[::-1], replace(SEARCH, together=2))
     for name in ("value", "stream", "offset", "losses"):
         torch.testing.assert_close(getattr(backwards, name).flip(0), getattr(forwards, name), rtol=1e-4, atol=1e-5)
     assert relative(forwards.offset, backwards.offset) > 0.1, "the requests are too alike to tell their order"
