@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -23,6 +24,14 @@ _log = logging.getLogger("rect_lightning")
 
 class EditTrainer(Trainer):
     """A Trainer that can also do what comes before an edit."""
+
+    def validate(self, model: Any = None, *, verbose: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Measure the requests on the clean model and on the edited one."""
+        return super().validate(model, verbose=verbose, **kwargs)
+
+    def test(self, model: Any = None, *, verbose: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
+        """The same as validate."""
+        return super().test(model, verbose=verbose, **kwargs)
 
     def moments(self, model: Editor, datamodule: EditData | None = None) -> None:
         """Estimate the second moments that an editor needs and cache them, without editing anything.
@@ -104,6 +113,7 @@ def main(args: ArgsType = None) -> None:
     # edits are computed in eval mode on purpose, and requests are few: neither needs a warning
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     warnings.filterwarnings("ignore", message=r".*does not have many workers")
+    warnings.filterwarnings("ignore", message=r"The dirpath has changed")  # of course: each run has a folder of its own
     warnings.filterwarnings("ignore", message=r".*LeafSpec", module=r"lightning\.")
     EditCLI(
         Editor,

@@ -157,3 +157,14 @@ def test_imports_go_one_way(folder):
                 assert not pattern.search(node.module or ""), f"{path.name} imports {node.module}"
             elif isinstance(node, ast.Import):
                 assert not [a.name for a in node.names if pattern.search(a.name)], path.name
+
+
+def test_the_manual_is_whole():
+    """No placeholder is left in it, and what it links to is there."""
+    import re
+
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"^[A-Z_]{4,}$", text, re.MULTILINE), page
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"

@@ -34,7 +34,7 @@ class EditData(LightningDataModule):
             (as in ROME and MEMIT).
         batch_size: How many requests are edited together, in one edit operation. Under several processes each takes
             that many.
-        limit: Edit only so many requests; null for all.
+        limit: Edit so many requests, of which there must be as many; null for all.
         offset: Leave out so many requests before the first one that is edited.
         shuffle: Put the requests in a random order, before offset and limit.
         seed: Decides the order if shuffle is true: the same seed, the same order.

@@ -77,3 +77,10 @@ def test_statistics():
         "above_0.077": 0.75,  # δ = 0.1, 0.05, 0.25, inf
         "above_0.171": 0.5,
     }
+
+
+def test_the_manhattan_distance_of_a_large_matrix():
+    """One fp32 sum over as many entries is off by several per cent."""
+    update = torch.randn(4096, 5000)
+    found = rc.change_statistics(update, update.abs(), [])["manhattan"]
+    assert found == pytest.approx(float(update.double().abs().sum()), rel=1e-6)

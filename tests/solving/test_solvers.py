@@ -120,3 +120,17 @@ def bad_matrices():
 def test_factored_refuses(kind):
     with pytest.raises(ValueError, match=r"Layer 7's moment is not positive definite: .*12 rows.*moments\.tokens"):
         Factored(bad_matrices()[kind], "Layer 7's moment")
+
+
+@pytest.mark.parametrize("requests", [3, 40])
+def test_moments_on_the_cpu_serve_keys_on_a_gpu(requests):
+    """With fake tensors, which know their device and have no content, so that no GPU is needed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        moment = object.__new__(Factored)
+        moment.factor = torch.eye(24, dtype=torch.float64)
+        keys, residuals = torch.zeros(requests, 24, device="cuda"), torch.zeros(requests, 16, device="cuda")
+        assert moment.solve(keys.T).device.type == "cuda"
+        if requests < 24:  # the other branch factors a matrix and looks at what comes out, which has no content here
+            assert least_squares(residuals, keys, moment, 1.0).device.type == "cuda"

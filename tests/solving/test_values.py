@@ -227,7 +227,7 @@ def test_a_state_of_small_norm(tiny):
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"lr": 0.0}, {"lr": -1.0}, {"clamp": 0.0}])
 def test_wrong_options_are_refused(options):
-    with pytest.raises(ValueError, match="steps >= 1, lr > 0 and clamp > 0"):
+    with pytest.raises(ValueError, match="steps >= 1, lr > 0, clamp > 0"):
         ValueSearch(**options)
 
 

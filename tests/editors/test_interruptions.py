@@ -1,0 +1,142 @@
+"""What is left when something fails or stops in the middle, and that nothing of one run shows up in the next."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from torch.utils.data import DataLoader
+
+from rect_lightning.callbacks import RECT
+from rect_lightning.metrics import EditMetrics, evaluate
+from tests import tiny
+from tests.editors.test_base import (
+    _own_cache,
+    facts,
+    fit,
+    identical,
+    memit,
+    opinionated,
+    requests,
+    rome,
+    state,
+    trainer,
+)
+
+assert _own_cache  # a fixture of every test here
+
+
+class FailsOnce(Callback):
+    """Raises at the second layer of the third operation."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.steps += 1
+        if self.steps == 6:
+            raise RuntimeError("power cut")
+
+
+class SavesInTheMiddle(Callback):
+    """Saves a checkpoint between the two layers of the second operation, as a scheduler's signal may."""
+
+    def __init__(self, path):
+        self.path, self.steps = path, 0
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.steps += 1
+        if self.steps == 4:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_failed_operation_is_made_again_on_resume(tmp_path):
+    whole, broken, resumed = (memit(tmp_path) for _ in range(3))
+    fit(whole, facts(tmp_path), RECT(0.4))
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(broken, facts(tmp_path), RECT(0.4), FailsOnce(), OnExceptionCheckpoint(tmp_path), enable_checkpointing=True)
+    trainer(RECT(0.4)).fit(resumed, datamodule=facts(tmp_path), ckpt_path=tmp_path / "on_exception.ckpt")
+    assert resumed.done == ["a", "b", "c", "d"]
+    assert identical(state(resumed), state(whole))
+
+
+def test_a_checkpoint_in_the_middle_of_an_operation_holds_none_of_it(tmp_path):
+    whole, resumed = memit(tmp_path), memit(tmp_path)
+    fit(whole, facts(tmp_path), SavesInTheMiddle(tmp_path / "middle.ckpt"))
+    first = memit(tmp_path)
+    fit(first, facts(tmp_path, limit=1))
+    saved = torch.load(tmp_path / "middle.ckpt", weights_only=True)
+    assert saved["rect_lightning"]["requests"] == ["a"]
+    for name, weight in saved["state_dict"].items():
+        assert torch.equal(weight, first.state_dict()[name]), name
+    trainer().fit(resumed, datamodule=facts(tmp_path), ckpt_path=tmp_path / "middle.ckpt")
+    assert resumed.done == ["a", "b", "c", "d"]
+    assert identical(state(resumed), state(whole))
+
+
+def test_single_mode_puts_the_clean_weights_back_when_measuring_fails(tmp_path, monkeypatch):
+    editor = rome(tmp_path, mode="single")
+    monkeypatch.setattr("rect_lightning.editors.measure.evaluate", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(editor, facts(tmp_path))
+    assert editor.is_clean()
+
+
+def test_single_mode_leaves_the_trainer_its_checkpoint_callback(tmp_path):
+    callback = ModelCheckpoint(dirpath=tmp_path)
+    run = fit(rome(tmp_path, mode="single"), facts(tmp_path), callback)
+    assert callback in run.callbacks
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_two_fits_in_single_mode_are_measured_apart(tmp_path):
+    editor = rome(tmp_path, mode="single")
+    fit(editor, facts(tmp_path, limit=1))
+    first = editor.results
+    fit(editor, facts(tmp_path, limit=1))
+    assert editor.results == first
+    assert int(editor.measurement.after.count.max()) == 1
+
+
+def test_another_model_is_edited_with_its_own_moments(tmp_path):
+    other = opinionated("llama", seed=5)
+    editor, fresh = memit(tmp_path), memit(tmp_path, model=opinionated("llama", seed=5))
+    fit(editor, facts(tmp_path))
+    editor.attach(other, tiny.tokenizer())
+    assert editor.operations == 0
+    fit(editor, facts(tmp_path))
+    fit(fresh, facts(tmp_path))
+    assert identical(state(editor), state(fresh))
+
+
+def test_metrics_are_in_full_precision_whatever_the_search_is(tmp_path):
+    editor = memit(tmp_path)
+    fit(editor, facts(tmp_path), precision="bf16-mixed")
+    by_hand = EditMetrics()
+    data = facts(tmp_path)
+    data.prepare_data()
+    data.setup()
+    by_hand.update(evaluate(editor.model, data.requests))
+    for name, value in by_hand.compute().items():
+        assert editor.results["after"][name] == float(value), name
+
+
+def test_any_loader_of_requests_will_do(tmp_path):
+    editor = memit(tmp_path)
+    trainer().fit(editor, DataLoader(requests(), batch_size=2, collate_fn=list))
+    assert editor.done == ["a", "b", "c", "d"]
+
+
+def test_a_neighbour_that_does_not_fit_the_model_is_refused_before_anything_is_edited(tmp_path):
+    editor, data = memit(tmp_path), facts(tmp_path)
+    data.prepare_data()
+    data.setup()
+    long = "so " * 200
+    data._requests[0] = type(data.requests[0])(
+        id="long", subject="Spain", prompt="{} is", target_new="so", paraphrases=(long,)
+    )
+    with pytest.raises(ValueError, match="context is 128"):
+        fit(editor, data)
+    assert editor.operations == 0
+    assert editor.is_clean()
