@@ -35,7 +35,7 @@ def tokenizer(bos: bool = False) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>", bos_token="<s>")
 
 
-FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_mm", "phi3")
 
 
 def model(family: str, *, layers: int = 4, width: int = 32, seed: int = 0) -> Any:
@@ -65,6 +65,18 @@ def model(family: str, *, layers: int = 4, width: int = 32, seed: int = 0) -> An
         "qwen3": lambda: hf.Qwen3Config(**gated, head_dim=8),
         "gemma2": lambda: hf.Gemma2Config(**gated, head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
         "gemma3": lambda: hf.Gemma3TextConfig(**gated, head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
+        "gemma3_mm": lambda: hf.Gemma3Config(
+            text_config=configs["gemma3"](),
+            vision_config=hf.SiglipVisionConfig(
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=28,
+                patch_size=14,
+            ),
+            mm_tokens_per_image=4,
+        ),
         "phi3": lambda: hf.Phi3Config(**gated),
     }
     with torch.random.fork_rng():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rect_lightning.models.adapter import Adapter
-from rect_lightning.models.gemma import Gemma
+from rect_lightning.models.gemma import Gemma, Gemma3Multimodal
 from rect_lightning.models.gpt2 import GPT2
 from rect_lightning.models.gpt_neox import GPTNeoX
 from rect_lightning.models.gptj import GPTJ
@@ -15,7 +15,7 @@ from rect_lightning.models.source import Source
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FAMILIES: tuple[type[Adapter], ...] = (GPT2, GPTJ, GPTNeoX, Llama, Gemma)
+FAMILIES: tuple[type[Adapter], ...] = (GPT2, GPTJ, GPTNeoX, Llama, Gemma, Gemma3Multimodal)
 
 __all__ = ["FAMILIES", "Adapter", "Source", "adapter_for"]
 

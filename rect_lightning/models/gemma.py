@@ -1,4 +1,4 @@
-"""Gemma 2 and the text models of Gemma 3, which normalise the MLP's output before it joins the residual stream."""
+"""Gemma 2 and 3, which normalise the MLP's output before it joins the residual stream."""
 
 from __future__ import annotations
 
@@ -51,3 +51,11 @@ class Gemma(Adapter):
 
 def _rms(x: Tensor) -> Tensor:
     return x.square().mean(-1, keepdim=True).sqrt()
+
+
+class Gemma3Multimodal(Gemma):
+    """The text part of the Gemma 3 checkpoints that also read images (4B and larger)."""
+
+    model_types = ("gemma3",)
+    blocks_path = "model.language_model.layers"
+    norm_path = "model.language_model.norm"

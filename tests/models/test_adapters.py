@@ -68,7 +68,7 @@ def test_the_projection_maps_key_to_value(family, ids):
         torch.testing.assert_close(key, INNER.get(family, gated)(block.mlp, into_mlp))
     torch.testing.assert_close(value, out_of_mlp)
     assert adapter.weight(LAYER) is dict(adapter.model.named_parameters())[adapter.projection_name(LAYER) + ".weight"]
-    assert len(adapter.blocks) == adapter.num_layers == adapter.model.config.num_hidden_layers
+    assert len(adapter.blocks) == adapter.num_layers == adapter.model.config.get_text_config().num_hidden_layers
 
 
 @every_family
