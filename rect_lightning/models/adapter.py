@@ -32,6 +32,8 @@ class Adapter:
     """Dotted path from a block to the down projection of its MLP."""
     norm_path: ClassVar[str]
     """Dotted path from the model to the norm between the last block and the vocabulary."""
+    writes_to_stream: ClassVar[bool] = True
+    """Whether a block adds the down projection's output to the residual stream as it is."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.is_fast:
@@ -126,9 +128,6 @@ class Adapter:
         head = self.head if head is None else head
         logits: Tensor = head(hidden)
         return logits
-
-    writes_to_stream: ClassVar[bool] = True
-    """Whether a block adds the down projection's output to the residual stream as it is."""
 
     def stream_change(self, layer: int, value: Tensor, change: Tensor) -> Tensor:
         """How the residual stream changes when the down projection's output ``value`` does (all ``[..., width]``)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -15,15 +17,14 @@ class Gemma(Adapter):
     editor writes to ``v``, so a change wanted in the stream has to be taken back through ``N``.
     """
 
-    model_types = ("gemma2", "gemma3_text")
+    model_types: ClassVar[tuple[str, ...]] = ("gemma2", "gemma3_text")
     blocks_path = "model.layers"
     projection_path = "mlp.down_proj"
     norm_path = "model.norm"
+    writes_to_stream = False
 
     def _post_norm(self, layer: int) -> nn.Module:
         return self.blocks[layer].get_submodule("post_feedforward_layernorm")
-
-    writes_to_stream = False
 
     def stream_change(self, layer: int, value: Tensor, change: Tensor) -> Tensor:
         """``N(value + change) - N(value)``."""
