@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rect_lightning.data.request import EditRequest
+from rect_lightning.editors import checkpoints
 from rect_lightning.editors.measure import Measurement, prose_path, with_perplexity
 from rect_lightning.metrics import check_requests
 from rect_lightning.models import Adapter, Source, adapter_for
@@ -78,7 +79,7 @@ class Editor(LightningModule, ABC):
         self.clean: dict[int, Tensor] = {}
         self.operations = 0
         self.done: list[str] = []
-        self._before: dict[int, Tensor] = {}
+        self.unfinished: dict[int, Tensor] = {}  # while an operation is under way, the weights before it
         self._put_aside: list[Checkpoint] = []
         self.prose = prose
         self.measurement = Measurement()
@@ -132,7 +133,7 @@ class Editor(LightningModule, ABC):
             raise TypeError(f"The model has weights in {', '.join(map(str, mixed))} besides fp32: load all in float32.")
         self.adapter = adapter
         self.network = network
-        self.operations, self.done, self._before = 0, [], {}
+        self.operations, self.done, self.unfinished = 0, [], {}
         self.fingerprint = weights_fingerprint(network)
         self.clean = {layer: adapter.weight(layer).detach().clone() for layer in self.layers}
 
@@ -263,15 +264,15 @@ class Editor(LightningModule, ABC):
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        self._before = {layer: self.model.weight(layer).detach().clone() for layer in self.layers}
+        self.unfinished = {layer: self.model.weight(layer).detach().clone() for layer in self.layers}
         try:
             yield
         except BaseException:
-            for layer, weight in self._before.items():
+            for layer, weight in self.unfinished.items():
                 self.model.weight(layer).data.copy_(weight)
             raise
         finally:
-            self._before = {}
+            self.unfinished = {}
 
     def _full_precision(self) -> torch.autocast:
         """Keys, moments and solves are computed as written, whatever the Trainer's precision."""
@@ -364,20 +365,7 @@ class Editor(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the edited weights alone, and what they are the edit of."""
-        names = self._names()
-        for layer, weight in self._before.items():
-            # in the middle of an operation, as where a scheduler's signal asks for a checkpoint: none of it has happened
-            checkpoint["state_dict"][self._name(layer)] = weight
-        _rewind(checkpoint, self.operations - self.trainer.current_epoch * self.trainer.num_training_batches)
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
-        checkpoint["rect_lightning"] = self.provenance()
-
-    def _names(self) -> set[str]:
-        """The edited weights' names in a state dict."""
-        return {self._name(layer) for layer in self.layers}
-
-    def _name(self, layer: int) -> str:
-        return f"network.{self.model.projection_name(layer)}.weight"
+        checkpoints.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is one of this base model and these layers, and go on counting where it stopped.
@@ -385,44 +373,8 @@ class Editor(LightningModule, ABC):
         Raises:
             ValueError: It is not a whole edit checkpoint, or one of another base model or other layers.
         """
-        told = checkpoint.get("rect_lightning")
-        if told is None:
-            raise ValueError("This checkpoint is not one of an editor: it names no base model.")
-        if told["fingerprint"] != self.fingerprint:
-            raise ValueError(
-                f"This checkpoint edits {told['base']['name']} (weights {told['fingerprint'][:12]}); the model loaded is "
-                f"{self.base.name} (weights {self.fingerprint[:12]}). Load it with the base model it was made from."
-            )
-        if told["layers"] != self.layers:
-            raise ValueError(f"This checkpoint edits layers {told['layers']}, the configuration says {self.layers}.")
-        missing = self._names() - checkpoint["state_dict"].keys()
-        if missing:
-            raise ValueError(
-                f"This checkpoint lacks edited weights: {', '.join(sorted(missing))}. It cannot be loaded."
-            )
-        self.operations, self.done = told["operations"], list(told["requests"])
+        checkpoints.load(self, checkpoint)
 
     def provenance(self) -> dict[str, Any]:
         """What the edited weights come from, in plain values."""
-        from rect_lightning.provenance import versions
-
-        return {
-            "editor": type(self).__name__,
-            "base": {"name": self.base.name, "file": self.base.file, "revision": self.base.revision},
-            "fingerprint": self.fingerprint,
-            "layers": self.layers,
-            "mode": self.mode,
-            "step_per": self.step_per,
-            "strength": self.strength,
-            "operations": self.operations,
-            "requests": self.done,
-            "versions": versions(),
-        }
-
-
-def _rewind(checkpoint: dict[str, Any], operations: float) -> None:
-    """Let a resumed epoch begin after the operations that were completed: an unfinished or failed one is made again."""
-    loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
-    for state in loop.get("combined_loader", []):
-        if "handed_out" in state:
-            state["handed_out"] = int(min(state["handed_out"], operations))
+        return checkpoints.provenance(self)
