@@ -49,31 +49,56 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device, *, anchors: Sequenc
     )
 
 
-def by_length(lengths: Sequence[int], budget: int, *, padding: float = 1.0) -> list[list[int]]:
-    """Indices grouped into batches of similar length, longest first, each at most ``budget`` padded tokens.
+def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices grouped into as few batches of similar length as ``budget`` padded tokens each allow, longest first.
 
     Longest first, so that what does not fit in memory fails at once and not at the end. A row longer than the budget
     gets a batch of its own.
 
-    Args:
-        lengths: Tokens of each row.
-        budget: Padded tokens of a batch.
-        padding: The largest share of a batch that may be padding.
+    Raises:
+        ValueError: The budget is not positive.
+    """
+    _check(budget)
+    batches: list[list[int]] = []
+    for index in _longest_first(lengths):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def by_time(lengths: Sequence[int], budget: int, *, overhead: int) -> list[list[int]]:
+    """Indices grouped into the batches that take the least time together, longest first, each within the budget.
+
+    A batch's time is that of its padded tokens and of ``overhead`` more, which stand for reading the weights. So many
+    rows fall into batches of like length with little padding, and a few rows into one.
 
     Raises:
         ValueError: The budget is not positive.
     """
+    _check(budget)
+    order = _longest_first(lengths)
+    time = [0.0] + [float("inf")] * len(order)  # of the first rows, cut in the best way
+    cut = [0] * (len(order) + 1)  # where the last batch of that way begins
+    for start, index in enumerate(order):
+        longest = max(1, lengths[index])
+        for end in range(start + 1, start + 1 + min(max(1, budget // longest), len(order) - start)):
+            candidate = time[start] + overhead + (end - start) * longest
+            if candidate < time[end]:
+                time[end], cut[end] = candidate, start
+    batches: list[list[int]] = []
+    end = len(order)
+    while end:
+        batches.append(order[cut[end] : end])
+        end = cut[end]
+    return batches[::-1]
+
+
+def _check(budget: int) -> None:
     if budget < 1:
         raise ValueError(f"A batch needs a budget of at least one token, got {budget}.")
-    batches: list[list[int]] = []
-    real = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches:
-            padded = (len(batches[-1]) + 1) * lengths[batches[-1][0]]
-            if padded <= budget and real + lengths[index] >= (1 - padding) * padded:
-                batches[-1].append(index)
-                real += lengths[index]
-                continue
-        batches.append([index])
-        real = lengths[index]
-    return batches
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])

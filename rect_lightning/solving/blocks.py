@@ -176,14 +176,17 @@ class Tail:
             hidden = first(block(hidden, *call.args, **call.kwargs))
         return hidden
 
-    def suffix_calls(self, trace: Trace, column: int) -> list[Call]:
+    def suffix_calls(self, trace: Trace, column: int) -> tuple[list[Call], Tensor]:
         """Run all columns once, and give the calls that compute the columns from ``column`` on without the others.
 
         The keys and values of the earlier columns, which what happens later cannot change, are held in the calls.
+
+        Returns:
+            The calls, and the last block's output of all columns, ``[rows, columns, width]``.
         """
         recorder = _Recorder(column)
-        self.run(trace.hidden, self._cut(trace.calls, 0, trace.hidden.shape[1], recorder))
-        return self._cut(trace.calls, column, trace.hidden.shape[1], _Prefix(recorder.layers))
+        states = self.run(trace.hidden, self._cut(trace.calls, 0, trace.hidden.shape[1], recorder))
+        return self._cut(trace.calls, column, trace.hidden.shape[1], _Prefix(recorder.layers)), states
 
     def _cut(self, calls: Sequence[Call], column: int, columns: int, cache: Any) -> list[Call]:
         from transformers import Cache

@@ -12,7 +12,7 @@ where the loss reads them. The numbers are those of one request at a time throug
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from rect_lightning.models.adapter import Adapter
 from rect_lightning.models.encoding import Row
 from rect_lightning.progress import track
-from rect_lightning.solving.batching import by_length, pad
+from rect_lightning.solving.batching import by_length, by_time, pad
 from rect_lightning.solving.blocks import Call, Tail, Trace, plain_attention, run_to, select_rows
 
 
@@ -93,6 +93,10 @@ class TargetValues:
 
 
 _FIELDS = ("value", "stream", "offset", "losses")
+_PREPARED = 16384
+"""Padded tokens that are prepared in one pass; where prompts are short this is more than a search together has."""
+_OVERHEAD = 40
+"""What a batch costs besides its columns, in columns: measured in fp32 and in bf16 on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +109,11 @@ class _Bucket:
         hidden: ``[rows, columns, width]``, output of the layer's block from the subject's last token on.
         value: ``[rows, width]``, output of its down projection at that token.
         calls: How to run the tail on these columns.
-        where: ``[targets, 2]``, row and column of every logit that counts.
-        token: ``[targets]``, the token wanted there; nothing of interest in KL rows.
+        where: ``[targets, 2]``, row and column of every logit that a target is read from.
+        token: ``[targets]``, the token wanted there.
         share: ``[targets]``, one over the number of the row's target tokens.
-        reference: ``[rows, vocabulary]`` log-probabilities without offset for KL rows, else nothing.
+        essence: ``[essences]``, the rows that are held to what they said before, at their first column.
+        reference: ``[essences, vocabulary]``, their log-probabilities without offset; ``[0, 1]`` if there are none.
     """
 
     owner: Tensor
@@ -119,7 +124,8 @@ class _Bucket:
     where: Tensor
     token: Tensor
     share: Tensor
-    reference: Tensor | None
+    essence: Tensor
+    reference: Tensor
 
     def of(self, active: Tensor) -> _Bucket | None:
         """The rows of the requests that are still active, nothing if there are none."""
@@ -130,7 +136,7 @@ class _Bucket:
         if not len(rows):
             return None
         new_row = keep.cumsum(0) - 1
-        targets = keep[self.where[:, 0]]
+        targets, essences = keep[self.where[:, 0]], keep[self.essence]
         where = self.where[targets]
         return _Bucket(
             owner=self.owner[rows],
@@ -141,7 +147,8 @@ class _Bucket:
             where=torch.stack([new_row[where[:, 0]], where[:, 1]], dim=1),
             token=self.token[targets],
             share=self.share[targets],
-            reference=None if self.reference is None else self.reference[rows],
+            essence=new_row[self.essence[essences]],
+            reference=self.reference[essences],
         )
 
 
@@ -200,7 +207,8 @@ def _search_chunk(
     losses = offset.new_full((len(requests), search.steps), torch.nan)
     active = torch.ones(len(requests), dtype=torch.bool, device=offset.device)
     for step in range(search.steps):
-        loss, gradient = _loss_and_gradient(adapter, tail, buckets, offset)
+        last = step == search.steps - 1
+        loss, gradient = _loss_and_gradient(adapter, tail, buckets, offset, differentiate=not last)
         norm = offset.norm(dim=-1)
         decay = search.weight_decay / scale**2
         loss = loss + decay * norm
@@ -211,7 +219,7 @@ def _search_chunk(
             raise ValueError(f"The search's loss is not finite for the requests {names}: is search.lr too large?")
         losses[active, step] = loss[active]
         active = active & (loss >= search.stop)
-        if step == search.steps - 1 or not active.any():
+        if last or not active.any():
             break
         for i, bucket in enumerate(buckets):  # in place, so that a bucket's caches go as soon as it has shrunk
             buckets[i] = bucket and bucket.of(active)
@@ -229,27 +237,32 @@ def _prepare(
     adapter: Adapter, tail: Tail, requests: Sequence[SearchRows], search: ValueSearch, budget: int
 ) -> tuple[list[_Bucket | None], Tensor, Tensor]:
     """Run everything that the offset cannot change: the buckets, and value and stream of the bare prompts."""
-    targets = [(i, row) for i, request in enumerate(requests) for row in request.targets]
-    essences = [(i, request.essence) for i, request in enumerate(requests)] if search.kl else []
+    rows = [(i, row) for i, request in enumerate(requests) for row in request.targets]
+    if search.kl:
+        rows += [(i, request.essence) for i, request in enumerate(requests)]
     value = stream = torch.empty(0)
     buckets: list[_Bucket | None] = []
-    for rows, is_target in ((targets, True), (essences, False)):
-        for indices in by_length([_columns(row) if is_target else 1 for _, row in rows], budget, padding=0.2):
-            members = [rows[i] for i in indices]
-            anchors = [row.subject for _, row in members]
-            ids = [row.ids[:-1] if is_target else row.ids[: row.subject + 1] for _, row in members]
-            batch = pad(ids, adapter.device, anchors=anchors)
-            column = max(anchors)
-            trace = run_to(adapter, batch, tail.layer)
-            bucket = _bucket(tail, trace, members, requests, column, is_target, search)
-            buckets.append(bucket)
-            if not value.numel():
-                value = bucket.value.new_zeros(len(requests), bucket.value.shape[-1])
-                stream = torch.zeros_like(value)
-            for j, (i, row) in enumerate(members):
-                if is_target and row is requests[i].targets[0]:
-                    value[i], stream[i] = bucket.value[j], bucket.hidden[j, 0]
+    for indices in _batches([row for _, row in rows], budget):
+        members = [rows[i] for i in indices]
+        anchors = [row.subject for _, row in members]
+        ids = [row.ids[: row.subject + _columns(row)] for _, row in members]
+        trace = run_to(adapter, pad(ids, adapter.device, anchors=anchors), tail.layer)
+        bucket = _bucket(tail, trace, members, requests, search)
+        buckets.append(bucket)
+        if not value.numel():
+            value = bucket.value.new_zeros(len(requests), bucket.value.shape[-1])
+            stream = torch.zeros_like(value)
+        for j, (i, row) in enumerate(members):
+            if row is requests[i].targets[0]:
+                value[i], stream[i] = bucket.value[j], bucket.hidden[j, 0]
     return buckets, value, stream
+
+
+def _batches(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
+    """Rows that are run together: alike in the columns of every step, and not too long to be prepared at once."""
+    for together in by_length([row.subject + _columns(row) for row in rows], _PREPARED):
+        for indices in by_time([_columns(rows[i]) for i in together], budget, overhead=_OVERHEAD):
+            yield [together[i] for i in indices]
 
 
 def _bucket(
@@ -257,65 +270,67 @@ def _bucket(
     trace: Trace,
     members: Sequence[tuple[int, Row]],
     requests: Sequence[SearchRows],
-    column: int,
-    is_target: bool,
     search: ValueSearch,
 ) -> _Bucket:
     device = trace.hidden.device
-    owner = torch.tensor([i for i, _ in members], device=device)
-    calls = tail.suffix_calls(trace, column)
+    column = max(row.subject for _, row in members)
+    calls, states = tail.suffix_calls(trace, column)
     hidden = trace.hidden[:, column:].float().clone()
-    value = trace.value[:, column].float().clone()
     where: list[tuple[int, int]] = []
     token: list[int] = []
     share: list[float] = []
-    if is_target:
-        weight = torch.tensor([1 / len(requests[i].targets) for i, _ in members], device=device)
-        for j, (_, row) in enumerate(members):
-            places = range(row.target - 1 - row.subject, len(row.ids) - 1 - row.subject)
-            where += [(j, place) for place in places]
-            token += row.target_ids
-            share += [1 / len(places)] * len(places)
-        reference = None
-    else:
-        weight = torch.full((len(members),), search.kl, device=device)
-        where, token, share = [(j, 0) for j in range(len(members))], [0] * len(members), [1.0] * len(members)
-        reference = tail.logits(tail.run(hidden, calls)[:, 0]).log_softmax(-1)
+    weight: list[float] = []
+    essence: list[int] = []
+    for j, (i, row) in enumerate(members):
+        if row is requests[i].essence:
+            essence.append(j)
+            weight.append(search.kl)
+            continue
+        weight.append(1 / len(requests[i].targets))
+        places = range(row.target - 1 - row.subject, len(row.ids) - 1 - row.subject)
+        where += [(j, place) for place in places]
+        token += row.target_ids
+        share += [1 / len(places)] * len(places)
+    held = torch.tensor(essence, device=device, dtype=torch.long)
+    reference = tail.logits(states[held, column]).log_softmax(-1) if essence else hidden.new_empty(0, 1)
     return _Bucket(
-        owner=owner,
-        weight=weight,
+        owner=torch.tensor([i for i, _ in members], device=device),
+        weight=torch.tensor(weight, device=device),
         hidden=hidden,
-        value=value,
+        value=trace.value[:, column].float().clone(),
         calls=calls,
-        where=torch.tensor(where, device=device),
+        where=torch.tensor(where, device=device, dtype=torch.long).view(-1, 2),
         token=torch.tensor(token, device=device, dtype=torch.long),
         share=torch.tensor(share, device=device),
+        essence=held,
         reference=reference,
     )
 
 
 def _loss_and_gradient(
-    adapter: Adapter, tail: Tail, buckets: Sequence[_Bucket | None], offset: Tensor
+    adapter: Adapter, tail: Tail, buckets: Sequence[_Bucket | None], offset: Tensor, *, differentiate: bool
 ) -> tuple[Tensor, Tensor]:
-    """NLL and KL of each request, ``[requests]``, and their gradient, ``[requests, width]``."""
+    """NLL and KL of each request, ``[requests]``, and their gradient, ``[requests, width]``, zero if not asked for."""
     leaf = offset.detach().requires_grad_()
     loss, gradient = offset.new_zeros(len(offset)), torch.zeros_like(offset)
     for bucket in buckets:
         if bucket is None:
             continue
-        with torch.enable_grad():
+        with torch.set_grad_enabled(differentiate):
             change = adapter.stream_change(tail.layer, bucket.value, leaf[bucket.owner])
             hidden = torch.cat([bucket.hidden[:, :1] + change[:, None], bucket.hidden[:, 1:]], dim=1)
             states = tail.run(hidden, bucket.calls)
-            logits = tail.logits(states[bucket.where[:, 0], bucket.where[:, 1]])
-            if bucket.reference is None:
-                nll = F.cross_entropy(logits, bucket.token, reduction="none") * bucket.share
-                rows = nll.new_zeros(len(bucket.owner)).index_add(0, bucket.where[:, 0], nll)
-            else:
-                now = logits.log_softmax(-1)
-                rows = (now.exp() * (now - bucket.reference)).sum(-1)
+            # the head is the largest matrix of all: both terms in one product
+            read = torch.cat([states[bucket.where[:, 0], bucket.where[:, 1]], states[bucket.essence, 0]])
+            logits, now = tail.logits(read).split([len(bucket.where), len(bucket.essence)])
+            nll = F.cross_entropy(logits, bucket.token, reduction="none") * bucket.share
+            now = now.log_softmax(-1)
+            kl = (now.exp() * (now - bucket.reference)).sum(-1)
+            rows = (
+                nll.new_zeros(len(bucket.owner)).index_add(0, bucket.where[:, 0], nll).index_add(0, bucket.essence, kl)
+            )
             rows = rows * bucket.weight
-            # not backward(), which would leave gradients on weights that are trained elsewhere
+        if differentiate:  # not backward(), which would leave gradients on weights that are trained elsewhere
             gradient += torch.autograd.grad(rows.sum(), leaf)[0]
         loss.index_add_(0, bucket.owner, rows.detach())
     return loss, gradient
@@ -330,5 +345,5 @@ def _adam(offset: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: int, lr:
 
 
 def _columns(row: Row) -> int:
-    """Columns to compute in every step: from the subject's last token to the one before the target's last."""
-    return len(row.ids) - 1 - row.subject
+    """Columns to compute in every step: the subject's last token, and those up to the one before a target's last."""
+    return len(row.ids) - 1 - row.subject if row.target_ids else 1

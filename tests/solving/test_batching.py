@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 
-from rect_lightning.solving.batching import by_length, pad
+from rect_lightning.solving.batching import by_length, by_time, pad
 
 CPU = torch.device("cpu")
 
@@ -34,27 +35,48 @@ def test_batches_are_full():
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("padding", [0.0, 0.2, 0.5])
-def test_no_more_padding_than_allowed(seed, padding):
+@pytest.mark.parametrize("overhead", [0, 3, 50])
+def test_no_way_of_cutting_takes_less_time(seed, overhead):
     draw = random.Random(seed)
-    lengths = [draw.randint(1, 30) for _ in range(40)]
-    batches = by_length(lengths, 200, padding=padding)
-    assert sorted(i for batch in batches for i in batch) == list(range(40))
-    for batch in batches:
-        real, padded = sum(lengths[i] for i in batch), len(batch) * max(lengths[i] for i in batch)
-        assert padded <= 200
-        assert padded - real <= padding * padded + 1e-9
+    lengths = [draw.randint(1, 12) for _ in range(9)]
+    batches = by_time(lengths, 30, overhead=overhead)
+    assert sorted(i for batch in batches for i in batch) == list(range(9))
+    in_order = sorted(lengths, reverse=True)
+    assert [lengths[i] for batch in batches for i in batch] == in_order
+
+    def time(parts: list[list[int]]) -> float:
+        padded = [len(part) * max(part) for part in parts]
+        return sum(overhead + p for p in padded) if max(padded) <= 30 else float("inf")
+
+    best = min(
+        time([in_order[a:b] for a, b in pairwise([0, *cuts, 9])])
+        for count in range(9)
+        for cuts in combinations(range(1, 9), count)
+    )
+    assert time([[lengths[i] for i in batch] for batch in batches]) == best
 
 
-def test_padding_alone_can_end_a_batch():
-    assert by_length([10, 9, 2, 2], 1000, padding=0.2) == [[0, 1], [2, 3]]
-    assert by_length([10, 9, 2, 2], 1000) == [[0, 1, 2, 3]]
+def test_a_few_rows_are_one_batch_and_many_have_little_padding():
+    assert by_time([6, 6, 6, 1], 1024, overhead=40) == [[0, 1, 2, 3]]
+    draw = random.Random(0)
+    lengths = [draw.choice([1, 1, 2, 2, 3, 3, 4, 6, 9]) for _ in range(400)]
+    batches = by_time(lengths, 1024, overhead=40)
+    padded = sum(len(batch) * lengths[batch[0]] for batch in batches)
+    assert padded - sum(lengths) < 0.2 * padded
+    assert all(len(batch) * lengths[batch[0]] <= 1024 for batch in batches)
+
+
+def test_rows_that_no_budget_holds_and_no_rows():
+    assert by_time([50, 2], 10, overhead=5) == [[0], [1]]
+    assert by_time([], 10, overhead=5) == []
 
 
 @pytest.mark.parametrize("budget", [0, -3])
 def test_a_budget_of_nothing_is_refused(budget):
     with pytest.raises(ValueError, match=f"at least one token, got {budget}"):
         by_length([1, 2], budget)
+    with pytest.raises(ValueError, match=f"at least one token, got {budget}"):
+        by_time([1, 2], budget, overhead=1)
 
 
 ROWS = [(5, 6, 7), (8,), (9, 10, 11, 12)]

@@ -57,7 +57,9 @@ def test_run_to_and_the_whole_tail(family, layer):
         assert_rows(trace.value, batch, [values[layer] for _, values, _ in alone])
         assert len(trace.calls) == 3 - layer
         tail = Tail(adapter, layer, torch.float32)
-        last = tail.run(trace.hidden, tail.suffix_calls(trace, 0))
+        calls, states = tail.suffix_calls(trace, 0)
+        last = tail.run(trace.hidden, calls)
+    assert_rows(states, batch, [streams[-1] for streams, _, _ in alone])
     assert_rows(last, batch, [streams[-1] for streams, _, _ in alone])
     assert_rows(tail.logits(last), batch, [logits for _, _, logits in alone])
 
@@ -71,7 +73,7 @@ def test_the_columns_from_the_anchor_on(family):
     with plain_attention(adapter):
         trace = run_to(adapter, batch, 1)
         tail = Tail(adapter, 1, torch.float32)
-        calls = tail.suffix_calls(trace, COLUMN)
+        calls, _ = tail.suffix_calls(trace, COLUMN)
         for _ in range(2):
             found = tail.run(trace.hidden[:, COLUMN:], calls)
             assert found.shape[1] == batch.input_ids.shape[1] - COLUMN
@@ -86,7 +88,7 @@ def test_some_of_the_rows(family, rows):
     with plain_attention(adapter):
         trace = run_to(adapter, batch, 1)
         tail = Tail(adapter, 1, torch.float32)
-        calls = tail.suffix_calls(trace, COLUMN)
+        calls, _ = tail.suffix_calls(trace, COLUMN)
         whole = tail.run(trace.hidden[:, COLUMN:], calls)
         some = tail.run(trace.hidden[rows, COLUMN:], select_rows(calls, torch.tensor(rows), len(ROWS)))
     torch.testing.assert_close(some, whole[rows], rtol=1e-4, atol=1e-5)
@@ -100,7 +102,7 @@ def test_rows_selected_twice(family):
     with plain_attention(adapter):
         trace = run_to(adapter, batch, 1)
         tail = Tail(adapter, 1, torch.float32)
-        calls = tail.suffix_calls(trace, COLUMN)
+        calls, _ = tail.suffix_calls(trace, COLUMN)
         whole = tail.run(trace.hidden[:, COLUMN:], calls)
         three = select_rows(calls, torch.tensor([0, 1, 3]), 4)
         two = select_rows(three, torch.tensor([1, 2]), 3)
@@ -135,8 +137,8 @@ def test_a_bf16_tail_is_near(family):
     with plain_attention(adapter):
         trace = run_to(adapter, batch, 1)
         exact, rough = Tail(adapter, 1, torch.float32), Tail(adapter, 1, torch.bfloat16)
-        expected = exact.run(trace.hidden[:, COLUMN:], exact.suffix_calls(trace, COLUMN))
-        found = rough.run(trace.hidden[:, COLUMN:], rough.suffix_calls(trace, COLUMN))
+        expected = exact.run(trace.hidden[:, COLUMN:], exact.suffix_calls(trace, COLUMN)[0])
+        found = rough.run(trace.hidden[:, COLUMN:], rough.suffix_calls(trace, COLUMN)[0])
     assert found.dtype == torch.bfloat16
     real = batch.attention_mask[:, COLUMN:].bool()
     assert rough.logits(found).dtype == torch.float32
