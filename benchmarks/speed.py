@@ -26,9 +26,10 @@ from rect_lightning.cli import configs_folder
 from rect_lightning.data import EditRequest, read_requests
 from rect_lightning.metrics import evaluate
 from rect_lightning.models import Adapter, Source, adapter_for
-from rect_lightning.solving.blocks import Tail
+from rect_lightning.solving.blocks import Tail, ending_at
+from rect_lightning.solving.corpus import Moments, token_rows
 from rect_lightning.solving.keys import subject_states
-from rect_lightning.solving.moments import SecondMoment
+from rect_lightning.solving.moments import SecondMoment, second_moments, stacked
 from rect_lightning.solving.prefixes import Prefixes
 from rect_lightning.solving.relative_change import largest, relative_change
 from rect_lightning.solving.solvers import Factored, least_squares
@@ -117,6 +118,12 @@ def phases(adapter: Adapter, layers: list[int], requests: list[EditRequest], mac
     seconds = timed(lambda: moment.update(keys))
     found.append(Phase(name="moments of 4,096 keys", seconds=seconds, bound=2 * 4096 * width**2 / machine.fp32))
 
+    text = Moments(source=str(FACTS.with_name("prose.txt")), tokens=6144)
+    seconds, _ = once(lambda: second_moments(adapter, layers, text, fingerprint=""))
+    rows_of_text = list(stacked(token_rows(adapter, text)))
+    bare, _ = once(lambda: forward(adapter, rows_of_text, last))
+    found.append(Phase(name="moments of a text, bound: the bare forward pass", seconds=seconds, bound=bare))
+
     matrix = keys.T @ keys / len(keys) + 0.01 * torch.eye(width)
     seconds, factor = once(lambda: Factored(matrix, "C"))
     found.append(Phase(name="factor of C, fp64", seconds=seconds, bound=2 * width**3 / 3 / machine.fp32))
@@ -130,6 +137,8 @@ def phases(adapter: Adapter, layers: list[int], requests: list[EditRequest], mac
     seconds = timed(lambda: update * largest(relative_change(update, weight), 0.4), 3)
     found.append(Phase(name="RECT, 45 M entries", seconds=seconds, bound=12 * weight.numel() / machine.memory))
     delta = relative_change(update, weight)
+    seconds = timed(lambda: largest(delta, 0.4), 3)
+    found.append(Phase(name="its selection alone", seconds=seconds, bound=4 * weight.numel() / machine.memory))
     library = timed(lambda: delta.kthvalue(round(0.6 * delta.numel())), 1)
     found.append(Phase(name="torch.kthvalue on the same", seconds=library, bound=4 * weight.numel() / machine.memory))
 
@@ -138,6 +147,14 @@ def phases(adapter: Adapter, layers: list[int], requests: list[EditRequest], mac
     tokens = sum(len(ids) for ids in adapter.tokenizer(list(prompts))["input_ids"])
     found.append(Phase(name="metrics of 20 requests", seconds=seconds, bound=2 * tokens * parameters / machine.fp32))
     return found
+
+
+@torch.no_grad()
+def forward(adapter: Adapter, batches: list[torch.Tensor], layer: int) -> None:
+    """The forward pass up to a layer's down projection, and nothing else."""
+    for rows in batches:
+        with ending_at(adapter.projection(layer)):
+            adapter.backbone(input_ids=rows, use_cache=False)
 
 
 def against_naive(adapter: Adapter, layer: int, requests: list[EditRequest]) -> list[str]:

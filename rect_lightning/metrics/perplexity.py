@@ -20,7 +20,7 @@ def perplexity(
     *,
     context: int = 512,
     limit: int | None = None,
-    tokens_per_batch: int = 4096,
+    tokens_per_batch: int = 2048,
     show_progress: bool = False,
 ) -> float:
     """Exponential of the mean negative log-likelihood of a text's tokens, in chunks that do not overlap.

@@ -33,7 +33,7 @@ class SubjectStates:
 
 @torch.no_grad()
 def subject_states(
-    adapter: Adapter, rows: Sequence[Row], layer: int, *, budget: int = 8192, show_progress: bool = False
+    adapter: Adapter, rows: Sequence[Row], layer: int, *, budget: int = 1024, show_progress: bool = False
 ) -> SubjectStates:
     """Run rows up to a layer and read it at the subject's last token.
 
@@ -43,7 +43,7 @@ def subject_states(
         adapter: The model.
         rows: Tokenised texts whose ``subject`` is set.
         layer: The layer to read.
-        budget: Padded tokens in one forward pass.
+        budget: Padded tokens in one forward pass. More needs more memory, and was slower on a CPU.
         show_progress: Whether to show a bar.
     """
     captured: dict[str, Tensor] = {}

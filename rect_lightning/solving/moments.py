@@ -23,6 +23,7 @@ from rect_lightning.solving.corpus import Moments
 _log = logging.getLogger(__name__)
 
 _BATCH_TOKENS = 4096  # in one forward pass
+_BLOCK = 256  # rows of a product that are multiplied at a time
 
 
 class SecondMoment:
@@ -47,10 +48,12 @@ class SecondMoment:
             ValueError: A key is not finite, or too large to be squared in fp32.
         """
         keys = keys.float()
-        product = keys.T @ keys
-        if not product.diagonal().isfinite().all():
-            raise ValueError("keys are not finite, or too large to be squared in fp32")
-        self.total += product.cpu()
+        for start in range(0, keys.shape[1], _BLOCK):
+            # kkᵀ is symmetric: of each block of rows only what is right of the diagonal
+            rows = keys[:, start : start + _BLOCK].T @ keys[:, start:]
+            if not rows.diagonal().isfinite().all():
+                raise ValueError("keys are not finite, or too large to be squared in fp32")
+            self.total[start : start + _BLOCK, start:] += rows.cpu()
         self.count += len(keys)
 
     def compute(self) -> Tensor:
@@ -61,7 +64,8 @@ class SecondMoment:
         """
         if not self.count:
             raise ValueError("No keys were seen, so they have no second moment.")
-        return (self.total / self.count).float()
+        upper = self.total.triu()
+        return ((upper + upper.triu(1).T) / self.count).float()
 
 
 def second_moments(
@@ -179,7 +183,7 @@ def _pass(
     saved = time.monotonic()
     with track((), "second moments", show=show_progress, unit="token", total=moments.tokens) as bar:
         bar.update(first.count)
-        for rows in _batches(corpus.token_rows(adapter, moments, skip=rows_done)):
+        for rows in stacked(corpus.token_rows(adapter, moments, skip=rows_done)):
             _update(adapter, sums, rows.to(adapter.device))
             rows_done += len(rows)
             bar.update(rows.numel())
@@ -207,7 +211,7 @@ def _restore(sums: dict[int, SecondMoment], state: Path | None, header: dict[str
     return 0
 
 
-def _batches(rows: Iterator[Tensor]) -> Iterator[Tensor]:
+def stacked(rows: Iterator[Tensor]) -> Iterator[Tensor]:
     """Rows of the same length stacked, ``[rows, context]``, so that there is nothing to pad."""
     waiting: list[Tensor] = []
     for row in rows:
