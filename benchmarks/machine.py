@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -32,6 +33,22 @@ def memory_speed(entries: int = 64_000_000) -> float:
     source = torch.randn(entries)
     target = torch.empty_like(source)
     return 8 * entries / timed(lambda: target.copy_(source), 5)
+
+
+def peak_memory(function: Callable[[], object]) -> float:
+    """Bytes by which the process's memory peaked above where it stood; nan where the system does not tell (Linux does)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = _resident("VmRSS")
+        function()
+        return _resident("VmHWM") - before
+    except OSError:
+        return float("nan")
+
+
+def _resident(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * float(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def description() -> str:

@@ -12,7 +12,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.machine import description, matrix_speed, memory_speed, timed
+from benchmarks.machine import description, matrix_speed, memory_speed, peak_memory, timed
 from benchmarks.naive import naive_search
 from rect_lightning.cli import configs_folder
 from rect_lightning.data import EditRequest, read_requests
@@ -34,7 +37,7 @@ from rect_lightning.solving.prefixes import Prefixes
 from rect_lightning.solving.relative_change import largest, relative_change
 from rect_lightning.solving.solvers import Factored, least_squares
 from rect_lightning.solving.texts import key_rows, search_rows
-from rect_lightning.solving.values import SearchRows, TargetValues, ValueSearch, search_values
+from rect_lightning.solving.values import SearchRows, TargetValues, ValueSearch, padding_share, search_values
 
 TEMPLATES = ("{}", "The. {}", "Therefore, it is so. {}")
 RECT_ENTRIES = 45_000_000  # a down projection of LLaMA 7B
@@ -183,14 +186,53 @@ def against_naive(adapter: Adapter, layer: int, requests: list[EditRequest]) -> 
     return lines
 
 
-def growth(adapter: Adapter, layer: int, requests: list[EditRequest], counts: list[int]) -> list[str]:
-    """Seconds a request of the search, by the number of requests."""
-    tail, search = Tail(adapter, layer, torch.bfloat16), ValueSearch(steps=5)
-    lines = ["", "| requests | seconds of 5 bf16 steps | a request |", "|---|---|---|"]
+def growth(folder: str | None, layer: int, requests: list[EditRequest], counts: list[int]) -> list[str]:
+    """Seconds and memory of the search, by the number of requests; each in a process of its own."""
+    lines = [
+        "",
+        "| requests | seconds of 3 bf16 steps | a request | memory above the model's, MB | padding |",
+        "|---|---|---|---|---|",
+    ]
     for count in counts:
-        rows = search_rows(adapter, (requests * (count // len(requests) + 1))[:count], TEMPLATES)
-        seconds, _ = once(lambda rows=rows: search_values(adapter, tail, rows, search))
-        lines.append(f"| {count} | {seconds:.2f} | {seconds / count:.3f} |")
+        many = (requests * (count // len(requests) + 1))[:count]
+        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as fresh:
+            seconds, memory, padding = fresh.submit(_grown, folder, layer, many).result()
+        lines.append(f"| {count} | {seconds:.2f} | {seconds / count:.3f} | {memory / 1e6:.0f} | {padding:.0%} |")
+    return lines
+
+
+def _grown(folder: str | None, layer: int, requests: list[EditRequest]) -> tuple[float, float, float]:
+    adapter = load(folder)
+    tail, rows = Tail(adapter, layer, torch.bfloat16), search_rows(adapter, requests, TEMPLATES)
+    seconds = 0.0
+
+    def search() -> None:
+        nonlocal seconds
+        seconds, _ = once(lambda: search_values(adapter, tail, rows, ValueSearch(steps=3)))
+
+    memory = peak_memory(search)
+    return seconds, memory, padding_share(rows, ValueSearch().together)
+
+
+def widths(adapter: Adapter, machine: Machine, chosen: list[int]) -> list[str]:
+    """The search of 16 requests in random LLaMA models of 4 layers, by their width."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    requests = read_requests(FACTS)[:16]
+    lines = ["", "| width | seconds of 3 fp32 steps | of the bound |", "|---|---|---|"]
+    for width in chosen:
+        config = LlamaConfig(
+            vocab_size=len(adapter.tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=4,
+            num_attention_heads=width // 64,
+        )
+        grown = adapter_for(LlamaForCausalLM(config).eval().requires_grad_(False), adapter.tokenizer)
+        rows = search_rows(grown, requests, TEMPLATES)
+        search = partial(search_values, grown, Tail(grown, 1, torch.float32), rows, ValueSearch(steps=3))
+        seconds, found = once(search)
+        lines.append(f"| {width} | {seconds:.2f} | {Work(grown, 1).search(rows, found) / machine.fp32 / seconds:.0%} |")
     return lines
 
 
@@ -210,7 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--requests", default=str(FACTS), help="file of requests; the shipped facts if not given")
     parser.add_argument("--count", type=int, default=100, help="requests of the operation")
     parser.add_argument("--naive", type=int, default=0, help="requests to search in public code's way as well")
-    parser.add_argument("--growth", type=int, nargs="*", default=[1, 10, 100], help="numbers of requests")
+    parser.add_argument("--growth", type=int, nargs="*", default=[1, 10, 64, 100, 1000], help="numbers of requests")
+    parser.add_argument("--widths", type=int, nargs="*", default=[256, 512, 1024, 2048], help="of random models")
     parser.add_argument("--out", type=Path, help="file for the tables; printed if not given")
     args = parser.parse_args(arguments)
     adapter = load(args.model)
@@ -226,7 +269,8 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     if args.naive:
         lines += against_naive(adapter, args.layers[-1], requests[: args.naive])
-    lines += growth(adapter, args.layers[-1], requests, args.growth)
+    lines += growth(args.model, args.layers[-1], requests, args.growth)
+    lines += widths(adapter, machine, args.widths)
     text = "\n".join(lines) + "\n"
     if args.out:
         args.out.write_text(text)

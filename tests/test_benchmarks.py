@@ -21,7 +21,8 @@ def test_speed_writes_its_tables(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "memory_speed", lambda: 1e10)
     out = tmp_path / "speed.md"
     speed.main([
-        "--model", str(folder), "--layers", "1", "2", "--count", "4", "--naive", "2", "--growth", "1", "3", "--out", str(out),
+        "--model", str(folder), "--layers", "1", "2", "--count", "4", "--naive", "2", "--growth", "1", "--widths", "64",
+        "--out", str(out),
     ])  # fmt: skip
     text = out.read_text()
     for phase in ("prefixes", "search, fp32", "search, bf16", "keys", "moments", "solve", "RECT", "metrics"):

@@ -177,16 +177,20 @@ def search_values(
     Raises:
         ValueError: A loss is not finite.
     """
-    # requests with targets of like length together, so that batches are full and have little padding
-    order = sorted(range(len(requests)), key=lambda i: _columns(requests[i].targets[0]))
-    chunks = [order[i : i + search.together] for i in range(0, len(order), search.together)]
+    chunks = _chunks(requests, search.together)
     bar = track(range(len(chunks) * search.steps), "target values", show=show_progress, unit="step")
     with plain_attention(adapter), torch.autocast(adapter.device.type, enabled=False), bar:
         found = [
             _search_chunk(adapter, tail, [requests[i] for i in chosen], search, relative_to, budget, bar.update)
             for chosen in chunks
         ]
-    return TargetValues.cat(found).take(torch.tensor(order).argsort())
+    return TargetValues.cat(found).take(torch.tensor([i for chosen in chunks for i in chosen]).argsort())
+
+
+def _chunks(requests: Sequence[SearchRows], together: int) -> list[list[int]]:
+    """Requests with targets of like length together, so that batches are full and have little padding."""
+    order = sorted(range(len(requests)), key=lambda i: _columns(requests[i].targets[0]))
+    return [order[i : i + together] for i in range(0, len(order), together)]
 
 
 def _search_chunk(
@@ -263,6 +267,18 @@ def _batches(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
     for together in by_length([row.subject + _columns(row) for row in rows], _PREPARED):
         for indices in by_time([_columns(rows[i]) for i in together], budget, overhead=_OVERHEAD):
             yield [together[i] for i in indices]
+
+
+def padding_share(requests: Sequence[SearchRows], together: int, budget: int = 1024) -> float:
+    """The share of the columns computed in a step of a search that are padding."""
+    real = padded = 0
+    for chosen in _chunks(requests, together):
+        rows = [row for i in chosen for row in (*requests[i].targets, requests[i].essence)]
+        for indices in _batches(rows, budget):
+            columns = [_columns(rows[i]) for i in indices]
+            real += sum(columns)
+            padded += len(columns) * max(columns)
+    return 1 - real / padded
 
 
 def _bucket(

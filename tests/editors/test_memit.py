@@ -118,3 +118,14 @@ def test_refuses_too_few_tokens_and_changes_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"50 tokens of .*text\.txt are too few: the keys are 96 wide"):
         fit(editor, facts(tmp_path))
     assert editor.is_clean()
+
+
+def test_many_operations_factor_each_moment_once(tmp_path, monkeypatch):
+    factored = []
+    cholesky = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: factored.append(matrix.shape) or cholesky(matrix))
+    editor = memit(tmp_path)
+    fit(editor, facts(tmp_path, batch_size=1))
+    assert editor.operations == len(requests()) > 1
+    width = editor.model.oriented(1, editor.model.weight(1)).shape[1]
+    assert factored == [(width, width)] * len(editor.layers)
