@@ -18,6 +18,7 @@ from rect_lightning.callbacks.summary import Summary
 from rect_lightning.data import EditData
 from rect_lightning.editors import Editor
 from rect_lightning.editors.locate_then_edit import LocateThenEdit
+from rect_lightning.parser import EditParser, reason
 
 _log = logging.getLogger("rect_lightning")
 
@@ -95,12 +96,14 @@ def run() -> None:
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         if not _is_refusal(error):
             raise
-        sys.exit("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
+        sys.exit("\n".join([f"{type(error).__name__}: {reason(str(error))}", *getattr(error, "__notes__", [])]))
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Whether an error was raised on purpose in this package, and not met by a library or by a bug."""
+    """Whether an error was raised on purpose, here or by the parser about an option, and is no bug."""
     last = traceback.extract_tb(error.__traceback__)[-1]
+    if "jsonargparse" in Path(last.filename).parts:
+        return isinstance(error, ValueError)
     return Path(last.filename).is_relative_to(Path(__file__).parent) and (last.line or "").startswith("raise ")
 
 
@@ -119,6 +122,7 @@ def main(args: ArgsType = None) -> None:
         Editor,
         EditData,
         trainer_class=EditTrainer,
+        parser_class=EditParser,
         subclass_mode_model=True,
         seed_everything_default=0,
         trainer_defaults={

@@ -1,0 +1,35 @@
+"""What a user reads who mistyped an option."""
+
+import pytest
+
+from rect_lightning import cli
+from rect_lightning.parser import reason
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--trainer.callbacks.init_args.keep=40", "RECT's keep is a share above 0 and up to 1"),
+        ("--model.stregth=2", "Option 'stregth' is not accepted"),
+        ("--model.search.steps=many", "Expected a <class 'int'>. Got value: many"),
+        ("--trainer.fast_dev", "expected one argument"),
+    ],
+)
+def test_a_mistyped_option_is_told_in_a_few_lines(option, told, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["rect_lightning", "fit", "--config", "memit_smollm2.yaml", *option.split()])
+    with pytest.raises(SystemExit) as end:
+        cli.run()
+    error = capsys.readouterr().err + str(end.value)
+    assert told in error
+    assert "usage" not in error
+    assert "Traceback" not in error
+    assert "NoneType" not in error
+
+
+def test_a_message_of_another_kind_stays_whole():
+    assert reason("No such thing.") == "No such thing."
+    assert reason("Subtypes: all that there is") == "Subtypes: all that there is"
+    assert (
+        reason("Key:\n  - Not a valid subclass of X\n    - one\n    - two\n  - 3 is no int") == "Key:\n  - 3 is no int"
+    )
