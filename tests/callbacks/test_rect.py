@@ -108,10 +108,11 @@ def test_45_million_entries_take_less_than_two_copies_of_the_matrix():
     code = """
 import resource, torch
 from rect_lightning.callbacks import RECT
+from rect_lightning.callbacks.changes import GradientChange
 weight = torch.nn.Parameter(torch.randn(4096, 11008)); weight.grad = torch.randn(4096, 11008)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with torch.no_grad():
-    logged = RECT(keep=0.4)._mask(weight, 1.0, "weight")
+    RECT(keep=0.4).regularise([GradientChange("weight", weight, weight.grad, -1.0)])
 copies = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * weight.numel())
 kept = int((weight.grad != 0).sum())
 print(kept, round(copies, 2))
