@@ -43,7 +43,8 @@ def trainer(*callbacks, steps=1, **options):
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return Trainer(max_steps=steps, accelerator="cpu", devices=1, callbacks=list(callbacks), **(quiet | options))
+    fixed = {"max_steps": steps, "accelerator": "cpu", "devices": 1, "callbacks": list(callbacks)}
+    return Trainer(**(fixed | quiet | options))
 
 
 def fit(module, *callbacks, steps=1, ckpt_path=None, **options):
