@@ -6,12 +6,14 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rect_lightning.callbacks.changes import Change, GradientChange, WeightChange
+from rect_lightning.callbacks.gradients import check_gradients, is_plain_sgd
 from rect_lightning.callbacks.parameters import choose, refuse_sharded, refuse_sharded_strategy
 
 
@@ -31,7 +33,9 @@ class Regulariser(Callback, ABC):
         modules: Types of the modules that the parameters are in, such as ``torch.nn.Linear``; null for any.
         every_n_steps: Let the weights move freely for so many steps of their optimizer, and regularise what these amount to;
             and in any case at the end of an epoch and of the training.
-        start_step: Leave so many first steps alone. With scope run their change counts, from then on and in the end.
+        start_step: Leave so many first steps alone. With scope run their change counts, from then on and in the end; null is a
+            tenth of the run there, where its length is known, else 0. What is chosen after the first step of all is hard to
+            leave again: entries that were undone have to overtake, in one step, what others have gathered in many.
 
     Raises:
         ValueError: every_n_steps is below 1 or start_step below 0.
@@ -44,17 +48,18 @@ class Regulariser(Callback, ABC):
         parameters: list[str] | None = None,
         modules: list[str] | None = None,
         every_n_steps: int = 1,
-        start_step: int = 0,
+        start_step: int | None = None,
     ) -> None:
         super().__init__()
         if scope not in ("step", "run"):
             raise ValueError(f"scope is step or run; got {scope!r}.")
-        if every_n_steps < 1 or start_step < 0:
+        if every_n_steps < 1 or (start_step or 0) < 0:
             raise ValueError(
                 f"every_n_steps is at least 1 and start_step at least 0; got {every_n_steps} and {start_step}."
             )
         self.scope, self.parameters, self.modules = scope, parameters, modules
         self.every_n_steps, self.start_step = every_n_steps, start_step
+        self._start = 0
         self._names: dict[Parameter, str] = {}
         self._before: dict[str, Tensor] = {}  # what changes are counted from
         self._hooks: dict[Optimizer, RemovableHandle] = {}
@@ -99,11 +104,15 @@ class Regulariser(Callback, ABC):
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Be called after each step of each optimizer.
+        """Settle when to begin, and be called after each step of each optimizer.
 
         Raises:
             TypeError: An optimizer cannot do that.
         """
+        if self.start_step is not None:
+            self._start = self.start_step
+        else:
+            self._start = _tenth(trainer) if self.scope == "run" else 0
         for optimizer in trainer.optimizers:
             self._watch(optimizer)
 
@@ -140,11 +149,9 @@ class Regulariser(Callback, ABC):
         steps = self._steps[self._watch(optimizer)]
         self._due[optimizer] = False
         weights = self._weights(optimizer)
-        if not _check_gradients(weights, skips=scaler is not None) or (
-            self.scope == "step" and steps < self.start_step
-        ):
+        if not check_gradients(weights, skips=scaler is not None) or (self.scope == "step" and steps < self._start):
             return
-        if self.scope == "step" and self.every_n_steps == 1 and _is_plain_sgd(optimizer, scaler):
+        if self.scope == "step" and self.every_n_steps == 1 and is_plain_sgd(optimizer, scaler):
             self._regularise(
                 [
                     GradientChange(self._names[weight], weight, weight.grad, -float(group["lr"]))
@@ -154,13 +161,13 @@ class Regulariser(Callback, ABC):
                 ]
             )
             return
-        first = self.scope == "step" and (steps - self.start_step) % self.every_n_steps == 0
+        first = self.scope == "step" and (steps - self._start) % self.every_n_steps == 0
         for name, weight in weights.items():
             if first or name not in self._before:
                 self._before[name] = weight.detach().clone()
         last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
-        taken = steps + 1 - self.start_step
-        self._due[optimizer] = taken >= 0 and (taken % self.every_n_steps == 0 or last)
+        taken = steps + 1 - self._start
+        self._due[optimizer] = taken > 0 and (taken % self.every_n_steps == 0 or last)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Regularise what the step has made of the weights."""
@@ -250,26 +257,10 @@ class Regulariser(Callback, ABC):
         self._before, self._steps = dict(state_dict["before"]), list(state_dict["steps"])
 
 
-def _is_plain_sgd(optimizer: Optimizer, scaler: Any) -> bool:
-    """Whether the change is ``-lr`` times the gradient that the hook sees: not where a fused step has yet to unscale it."""
-    plain = type(optimizer) is SGD and not any(g["momentum"] or g["weight_decay"] for g in optimizer.param_groups)
-    return plain and (scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def _check_gradients(weights: dict[str, Tensor], *, skips: bool) -> bool:
-    """Whether all gradients are finite, which may be untrue only where the step will be skipped."""
-    for name, weight in weights.items():
-        if weight.grad is None:
-            continue
-        if weight.grad.layout != torch.strided:
-            raise ValueError(
-                f"The gradient of {name} is sparse, which regularisers cannot honour: use sparse=False in the embedding, or "
-                "leave the parameter out. No weight was changed by this step."
-            )
-        if not weight.grad.isfinite().all():
-            if skips:
-                return False
-            raise ValueError(
-                f"The update of {name} has entries that are not finite; no weight was changed by this step."
-            )
-    return True
+def _tenth(trainer: Trainer) -> int:
+    """Of the steps of a run, or 0 where their number is unknown."""
+    try:
+        steps = trainer.estimated_stepping_batches
+    except MisconfigurationException:  # accumulation that changes from epoch to epoch
+        return 0
+    return 0 if steps == float("inf") else int(steps) // 10

@@ -89,6 +89,16 @@ def test_every_n_steps_regularises_the_change_of_them_together():
     assert changed(start, seen.seen[4])["layers.0.weight"] == 48  # in between they move freely
 
 
+def test_a_run_is_left_alone_for_its_first_tenth():
+    free, module, seen, all_along = Model(adamw), Model(adamw), Watch(), Watch()
+    fit(free, steps=2)
+    fit(module, RECT(scope="run"), seen, steps=25)  # batches of 2.5 epochs
+    fit(Model(adamw), RECT(scope="run", start_step=0), all_along, steps=25)
+    assert_same(seen.seen[2], weights(free))
+    for weight in (seen.seen[3], all_along.seen[1], all_along.seen[2]):
+        assert changed(seen.seen[0], weight)["layers.0.weight"] == round(0.4 * 48)
+
+
 def test_a_last_step_is_never_left_open(tmp_path):
     """What a checkpoint of the last step holds is what there is after training."""
     module = Model(adamw)
