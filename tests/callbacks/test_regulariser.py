@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 
 from rect_lightning.callbacks import RECT
+from rect_lightning.callbacks.changes import WeightChange
 from rect_lightning.callbacks.parameters import refuse_sharded, refuse_sharded_strategy
 from rect_lightning.callbacks.regulariser import Regulariser
 from tests.callbacks.test_rect import assert_same, changed, left
@@ -188,6 +189,8 @@ def test_other_precisions(optimizer, precision):
 
 def test_half_precision_changes_are_compared_in_fp32():
     """In bf16, whose changes are multiples of few values, as well."""
+    before, after = (torch.tensor([x], dtype=torch.bfloat16) for x in (1.0078125, -3.0))
+    assert WeightChange("w", before, after).update.tolist() == [-4.0078125]  # in bf16, -4
     free, module = (Model(adamw, torch.bfloat16) for _ in range(2))
     before = weights(module)
     batch = {"precision": "bf16-true"}
