@@ -13,6 +13,8 @@ before the update.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,11 @@ _SAMPLE = 1 << 17
 
 
 def relative_change(update: Tensor, weight: Tensor) -> Tensor:
-    """δ = |ΔW| / |W|, element-wise, in the update's shape and dtype.
+    """δ = |ΔW| / |W|, element-wise, in the update's shape and in at least fp32.
 
     A change of a zero weight counts as infinitely large, no change of it as none.
     """
+    update = update.to(torch.promote_types(update.dtype, torch.float32))
     return (update / weight).abs_().nan_to_num_(nan=0.0, posinf=torch.inf)
 
 
@@ -43,40 +46,80 @@ def largest(delta: Tensor, keep: float) -> Tensor:
     Returns:
         A bool tensor in the shape of ``delta``.
     """
-    flat = delta.reshape(-1)
-    count = round(keep * flat.numel())
+    return largest_of_all(lambda _: delta, [delta.numel()], keep)[0].view(delta.shape)
+
+
+def largest_of_all(delta: Callable[[int], Tensor], sizes: Sequence[int], keep: float) -> list[Tensor]:
+    """As `largest`, with one threshold over several tensors, which need not be in memory together.
+
+    Args:
+        delta: Gives the i-th tensor, each time the same; called a few times for each.
+        sizes: The tensors' numbers of entries.
+        keep: The share of the sum of the sizes to keep.
+
+    Returns:
+        Flat bool tensors, on the tensors' own devices.
+    """
+
+    def flat(i: int) -> Tensor:
+        return delta(i).reshape(-1)
+
+    count = round(keep * sum(sizes))
     if count == 0:
-        return torch.zeros_like(delta, dtype=torch.bool)
-    threshold = _kth_largest(flat, count)
-    mask = flat >= threshold
-    surplus = int(mask.count_nonzero()) - count
-    if surplus:  # of the entries at the threshold, drop those that come last
-        mask[(flat == threshold).nonzero()[-surplus:, 0]] = False
-    return mask.view(delta.shape)
+        return [torch.zeros_like(flat(i), dtype=torch.bool) for i in range(len(sizes))]
+    threshold = _kth_largest(flat, sizes, count)
+    masks = [_compare(torch.ge, flat(i), threshold) for i in range(len(sizes))]
+    surplus = sum(int(mask.count_nonzero()) for mask in masks) - count
+    for i in reversed(range(len(sizes))):
+        if not surplus:
+            break
+        # of the entries at the threshold, drop those that come last
+        last = _compare(torch.eq, flat(i), threshold).nonzero()[-surplus:, 0]
+        masks[i][last] = False
+        surplus -= last.numel()
+    return masks
 
 
-def _kth_largest(flat: Tensor, k: int) -> Tensor:
+def _kth_largest(flat: Callable[[int], Tensor], sizes: Sequence[int], k: int) -> Tensor:
     """The k-th largest entry.
 
     A sorted sample brackets it, so that two passes at the speed of memory leave a few per cent of the entries to select
     from (Floyd and Rivest 1975). A bracket that misses is widened.
     """
-    n = flat.numel()
+    n = sum(sizes)
     if n <= _SMALL:
-        return flat.kthvalue(n - k + 1).values
-    sample = flat[:: n // _SAMPLE].sort(descending=True).values
+        every = _join(flat(i) for i in range(len(sizes)))
+        return every.kthvalue(n - k + 1).values
+    stride = n // _SAMPLE
+    starts = [-sum(sizes[:i]) % stride for i in range(len(sizes))]  # every stride-th entry of them all, in a row
+    sample = _join(flat(i)[start::stride] for i, start in enumerate(starts)).sort(descending=True).values
     m = sample.numel()
     rank = k / n * m
     margin = 4 * (m**0.5) / 2  # four standard deviations of the rank, at most
     while True:
         low_rank, high_rank = int(rank + margin) + 1, int(rank - margin) - 1
-        high = sample[high_rank] if high_rank >= 0 else flat.new_tensor(torch.inf)
-        low = sample[low_rank] if low_rank < m else flat.new_tensor(-torch.inf)
-        above = int((flat > high).count_nonzero())
-        between = flat[(flat >= low) & (flat <= high)]
-        if 0 < k - above <= between.numel():
-            return between.kthvalue(between.numel() - (k - above) + 1).values
+        high = sample[high_rank] if high_rank >= 0 else sample.new_tensor(torch.inf)
+        low = sample[low_rank] if low_rank < m else sample.new_tensor(-torch.inf)
+        above, between = 0, []
+        for i in range(len(sizes)):
+            entries = flat(i)
+            above += int(_compare(torch.gt, entries, high).count_nonzero())
+            between.append(entries[_compare(torch.ge, entries, low) & _compare(torch.le, entries, high)])
+        inside = _join(between)
+        if 0 < k - above <= inside.numel():
+            return inside.kthvalue(inside.numel() - (k - above) + 1).values
         margin *= 4
+
+
+def _join(parts: Iterable[Tensor]) -> Tensor:
+    """One tensor, on the device of the first part and in the widest dtype; of a single part no copy."""
+    first, *others = parts
+    return torch.cat([first, *(part.to(first.device) for part in others)]) if others else first
+
+
+def _compare(how: Callable[[Tensor, Tensor], Tensor], flat: Tensor, threshold: Tensor) -> Tensor:
+    """Entries against a threshold, which may be of a wider dtype and on another device."""
+    return how(flat.to(threshold.dtype), threshold.to(flat.device))
 
 
 def change_statistics(update: Tensor, delta: Tensor, thresholds: list[float]) -> dict[str, float]:
@@ -91,6 +134,7 @@ def change_statistics(update: Tensor, delta: Tensor, thresholds: list[float]) ->
         ``manhattan``: sum of |ΔW|; ``above_<t>``: the share of entries with δ > t, for each threshold.
     """
     shares = {f"above_{t:g}": int((delta > t).count_nonzero()) / delta.numel() for t in thresholds}
+    wide = torch.promote_types(update.dtype, torch.float32)
     # row by row, then in fp64: one fp32 sum over a large matrix is off by tens of per cent
-    manhattan = torch.linalg.vector_norm(update, 1, dim=-1).cpu().double().sum()
+    manhattan = torch.linalg.vector_norm(update, 1, dim=-1, dtype=wide).cpu().double().sum()
     return {"manhattan": float(manhattan), **shares}

@@ -1,85 +1,146 @@
-"""RECT as a callback in a Trainer."""
+"""RECT as a callback in a Trainer, against its definition."""
 
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch.utils.data import DataLoader
+from lightning.pytorch import Callback
 
 from rect_lightning.callbacks import RECT
+from tests.callbacks.training import BATCHES, Model, adamw, fit, sgd, weights
 from tests.solving.test_relative_change import naive_mask
 
 
-class Model(LightningModule):
-    """Two layers trained by whatever optimizer a test asks for."""
+class Gradients(Callback):
+    """Copies the gradients of the last backward pass."""
 
-    def __init__(self, optimizer):
-        super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Linear(6, 8, bias=False), torch.nn.Linear(8, 2, bias=False))
-        self.optimizer = optimizer
-        self.gradients = {}
-
-    def training_step(self, batch, batch_idx):
-        return self.layers(batch).square().sum()
-
-    def on_after_backward(self):
-        self.gradients = {name: p.grad.clone() for name, p in self.named_parameters()}
-
-    def configure_optimizers(self):
-        return self.optimizer(self.parameters())
+    def on_after_backward(self, trainer, pl_module):
+        self.seen = {name: p.grad.clone() for name, p in pl_module.named_parameters()}
 
 
-def fit(model, callback, tmp_path):
-    trainer = Trainer(
-        max_steps=1, accelerator="cpu", callbacks=[callback], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-    )  # fmt: skip
-    trainer.fit(model, DataLoader(torch.randn(4, 6), batch_size=4))
-    return trainer
+def left(before, after, keep=0.4):
+    """What RECT leaves of a change, tensor by tensor."""
+    return {n: torch.where(naive_mask(after[n] - before[n], before[n], keep), after[n], before[n]) for n in before}
 
 
-def test_masks_each_matrix_against_the_current_weight(tmp_path):
-    model = Model(lambda p: torch.optim.SGD(p, lr=0.1))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = fit(model, RECT(keep=0.4), tmp_path)
-    for name, weight in model.named_parameters():
-        update = -0.1 * model.gradients[name]
+def changed(before, after):
+    return {n: int((before[n] != after[n]).sum()) for n in before}
+
+
+def assert_same(found, expected):
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_plain_sgd_s_gradient_is_masked_against_the_current_weight():
+    module, gradients = Model(sgd), Gradients()
+    before = weights(module)
+    logged = fit(module, gradients, RECT(keep=0.4)).callback_metrics
+    for name, weight in module.named_parameters():
+        update = -0.01 * gradients.seen[name]
         mask = naive_mask(update, before[name], 0.4)
-        assert torch.equal(weight != before[name], mask & (update != 0))
+        assert torch.equal(weight.grad != 0, mask & (update != 0))
+        assert torch.equal(weight, before[name].add(weight.grad, alpha=-0.01))
         torch.testing.assert_close(weight[mask], (before[name] + update)[mask])
-        logged = trainer.callback_metrics
         assert logged[f"rect/{name}/kept"] == pytest.approx(round(0.4 * update.numel()) / update.numel())
         assert logged[f"rect/{name}/manhattan"] == pytest.approx(float(update.abs().sum()), rel=1e-5)
         share = float((update.abs() / before[name].abs() > 0.171).float().mean())
         assert logged[f"rect/{name}/above_0.171"] == pytest.approx(share)
 
 
-def test_keeping_all_changes_nothing(tmp_path):
-    results = []
-    for callback in (RECT(keep=1.0), RECT(keep=0.3)):
-        torch.manual_seed(1)
-        model = Model(lambda p: torch.optim.SGD(p, lr=0.1))
-        torch.manual_seed(2)
-        expected = [p.detach().clone() for p in model.parameters()]
-        fit(model, callback, tmp_path)
-        expected = [w - 0.1 * g for w, g in zip(expected, model.gradients.values(), strict=True)]
-        results.append(all(torch.allclose(p, w) for p, w in zip(model.parameters(), expected, strict=True)))
-    assert results == [True, False]
+OPTIMIZERS = {
+    "AdamW": adamw,
+    "fused": partial(adamw, fused=True),
+    "foreach": partial(adamw, foreach=True),
+    "amsgrad, maximize": partial(adamw, amsgrad=True, maximize=True),
+    "momentum": lambda m: torch.optim.SGD(m.parameters(), 0.01, momentum=0.9, nesterov=True),
+    "decay": lambda m: torch.optim.SGD(m.parameters(), 0.01, weight_decay=1),
+    "Adafactor": lambda m: torch.optim.Adafactor(m.parameters()),
+    "Rprop": lambda m: torch.optim.Rprop(m.parameters()),
+    "LBFGS": lambda m: torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=5),
+    "line search": lambda m: torch.optim.LBFGS(m.parameters(), max_iter=5, line_search_fn="strong_wolfe"),
+}
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        torch.optim.AdamW,
-        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
-        lambda p: torch.optim.SGD(p, 0.1, weight_decay=1),
-    ],
-)
-def test_refuses_an_optimizer_that_moves_masked_entries(optimizer, tmp_path):
-    with pytest.raises(ValueError, match="plain SGD"):
-        fit(Model(optimizer), RECT(), tmp_path)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_any_optimizer_s_step_is_what_it_is_and_the_rest_undone(optimizer):
+    """Against the same step without RECT."""
+    free, module = Model(optimizer), Model(optimizer)
+    before = weights(module)
+    fit(free)
+    logged = fit(module, RECT(keep=0.4)).callback_metrics
+    assert_same(weights(module), left(before, weights(free)))
+    for name, weight in weights(free).items():
+        assert logged[f"rect/{name}/kept"] == pytest.approx(round(0.4 * weight.numel()) / weight.numel())
+        assert logged[f"rect/{name}/manhattan"] == pytest.approx(float((weight - before[name]).abs().sum()), rel=1e-5)
+
+
+def test_many_steps_with_groups_accumulation_and_clipping():
+    """Against a loop by hand."""
+
+    def groups(module):
+        first, second = module.layers
+        options = [{"params": first.parameters()}, {"params": second.parameters(), "lr": 0.2, "weight_decay": 0.0}]
+        return torch.optim.AdamW(options, lr=0.05, weight_decay=0.1)
+
+    module, by_hand = Model(groups), Model(groups)
+    fit(module, RECT(keep=0.3), steps=4, accumulate_grad_batches=2, gradient_clip_val=0.5)
+    optimizer = groups(by_hand)
+    for pair in BATCHES.split(8)[:4]:
+        for batch in pair.split(4):
+            (by_hand.layers(batch).square().sum() / 2).backward()
+        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 0.5)
+        before = weights(by_hand)
+        optimizer.step()
+        optimizer.zero_grad()
+        by_hand.load_state_dict(left(before, weights(by_hand), 0.3))
+    assert_same(weights(module), weights(by_hand))
+
+
+def test_keeping_all_changes_nothing():
+    for optimizer in (sgd, adamw):
+        for scope in ("step", "run"):
+            free, module = Model(optimizer), Model(optimizer)
+            fit(free, steps=3)
+            fit(module, RECT(keep=1.0, scope=scope), steps=3)
+            assert_same(weights(module), weights(free))
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+def test_one_threshold_over_all_tensors(optimizer):
+    free, module = Model(optimizer), Model(optimizer)
+    before = weights(module)
+    fit(free)
+    fit(module, RECT(keep=0.3, per="all"))
+    flat = {name: torch.cat([x.flatten() for x in w.values()]) for name, w in
+            {"before": before, "free": weights(free), "found": weights(module)}.items()}  # fmt: skip
+    mask = naive_mask(flat["free"] - flat["before"], flat["before"], 0.3)
+    assert torch.equal(flat["found"] != flat["before"], mask)
+    assert torch.equal(flat["found"][mask], flat["free"][mask])
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw, lambda m: torch.optim.SGD(m.parameters(), 0.01, momentum=0.9)])
+@pytest.mark.parametrize("options", [{}, {"every_n_steps": 3}, {"start_step": 4}, {"start_step": 99}])
+def test_a_run_changes_exactly_its_share(optimizer, options):
+    for per in ("tensor", "all"):
+        module = Model(optimizer)
+        before = weights(module)
+        fit(module, RECT(keep=0.3, scope="run", per=per, **options), steps=7)
+        counts = changed(before, weights(module))
+        if per == "tensor":
+            assert counts == {name: round(0.3 * w.numel()) for name, w in before.items()}
+        else:
+            assert sum(counts.values()) == round(0.3 * sum(w.numel() for w in before.values()))
+
+
+def test_a_run_s_first_step_is_that_of_scope_step():
+    step, run = Model(adamw), Model(adamw)
+    fit(step, RECT(keep=0.3))
+    fit(run, RECT(keep=0.3, scope="run"))
+    assert_same(weights(run), weights(step))
 
 
 @pytest.mark.parametrize("keep", [0, -0.1, 1.1, 40])
@@ -88,19 +149,28 @@ def test_refuses_a_keep_that_is_no_share(keep):
         RECT(keep=keep)
 
 
-def test_refuses_an_update_that_is_not_finite(tmp_path):
-    model = Model(lambda p: torch.optim.SGD(p, lr=0.1))
-    with torch.no_grad():
-        model.layers[1].weight[0, 0] = torch.nan
-    before = model.layers[0].weight.detach().clone()
-    with pytest.raises(ValueError, match="not finite"):
-        fit(model, RECT(), tmp_path)
-    assert torch.equal(model.layers[0].weight, before)
+@pytest.mark.parametrize("options", [{"per": "layer"}, {"scope": "epoch"}, {"every_n_steps": 0}, {"start_step": -1}])
+def test_refuses_other_options(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        RECT(**options)
 
 
-def test_imports_no_model_code():
-    code = "import sys; from rect_lightning.callbacks import RECT; print('rect_lightning.models' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+def test_works_where_there_is_no_transformers():
+    """Lightning imports it if it can; after that, nobody can."""
+    code = """
+import sys
+import lightning.pytorch
+for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
+    del sys.modules[name]
+sys.modules["transformers"] = None
+from tests.callbacks.training import Model, adamw, fit
+from rect_lightning.callbacks import RECT
+fit(Model(adamw), RECT())
+print("rect_lightning.models" in sys.modules)
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_45_million_entries_take_less_than_two_copies_of_the_matrix():
@@ -108,10 +178,11 @@ def test_45_million_entries_take_less_than_two_copies_of_the_matrix():
     code = """
 import resource, torch
 from rect_lightning.callbacks import RECT
+from rect_lightning.callbacks.changes import GradientChange
 weight = torch.nn.Parameter(torch.randn(4096, 11008)); weight.grad = torch.randn(4096, 11008)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with torch.no_grad():
-    logged = RECT(keep=0.4)._mask(weight, 1.0, "weight")
+    RECT(keep=0.4).regularise([GradientChange("weight", weight, weight.grad, -1.0)])
 copies = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * weight.numel())
 kept = int((weight.grad != 0).sum())
 print(kept, round(copies, 2))

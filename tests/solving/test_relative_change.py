@@ -84,3 +84,31 @@ def test_the_manhattan_distance_of_a_large_matrix():
     update = torch.randn(4096, 5000)
     found = rc.change_statistics(update, update.abs(), [])["manhattan"]
     assert found == pytest.approx(float(update.double().abs().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("small", [1 << 20, 1000])
+@pytest.mark.parametrize("values", ["distinct", "ties", "few values"])
+def test_one_threshold_over_several_tensors(values, small, monkeypatch):
+    monkeypatch.setattr(rc, "_SMALL", small)
+    monkeypatch.setattr(rc, "_SAMPLE", 300)
+    tensors = [torch.rand(size) * (i + 1) for i, size in enumerate([7, 9_001, 1, 30, 6_000, 2])]
+    if values == "ties":
+        tensors = [(x * 50).round() / 50 for x in tensors]
+    elif values == "few values":
+        tensors = [(x > 0.3).float() for x in tensors]
+    tensors[1] = tensors[1].view(9_001, 1).double()  # of other shapes and dtypes
+    sizes = [x.numel() for x in tensors]
+    joined = torch.cat([x.flatten() for x in tensors])
+    for keep in (0.0, 0.0001, 0.2, 0.4, 0.9999, 1.0):
+        expected = torch.zeros(len(joined), dtype=torch.bool)
+        expected[joined.sort(descending=True, stable=True).indices[: round(keep * len(joined))]] = True
+        found = rc.largest_of_all(lambda i: tensors[i], sizes, keep)
+        assert torch.equal(torch.cat(found), expected), keep
+
+
+def test_half_precision_is_compared_in_fp32():
+    update, weight = torch.randn(50).bfloat16(), torch.randn(50).half()
+    delta = rc.relative_change(update, weight)
+    assert torch.equal(delta, (update.float() / weight.float()).abs())
+    found = rc.change_statistics(torch.full((4, 30_000), 3.0, dtype=torch.float16), delta, [])["manhattan"]
+    assert found == 360_000

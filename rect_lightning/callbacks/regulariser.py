@@ -1,0 +1,266 @@
+"""What all regularisers share: they see the change that an optimizer makes, whichever it is, and leave a part of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from rect_lightning.callbacks.changes import Change, GradientChange, WeightChange
+from rect_lightning.callbacks.gradients import check_gradients, is_plain_sgd
+from rect_lightning.callbacks.parameters import choose, refuse_sharded, refuse_sharded_strategy
+
+
+class Regulariser(Callback, ABC):
+    """Leave a part of the change that an optimizer makes; a method adds `regularise`, which says what part.
+
+    Under plain SGD (no momentum, no weight decay), whose change of a weight is ``-lr`` times its gradient, the gradient is
+    regularised before the step, at no memory of its own. Under any other optimizer the weights are copied before the step,
+    after the closure's backward pass, and what they changed by is regularised right after it, before other callbacks see it.
+    What is undone is undone in the weights alone: momentum goes on from what the optimizer has computed, and an optimizer
+    that keeps weights of its own (master weights, averages) may write them back.
+
+    Args:
+        scope: step regularises the change of each step; run the whole change since the first step of the run, for which a
+            copy of the starting weights is kept, also in checkpoints.
+        parameters: Globs over parameter names, such as ``*.mlp.*.weight``; null for all that are trained.
+        modules: Types of the modules that the parameters are in, such as ``torch.nn.Linear``; null for any.
+        every_n_steps: Let the weights move freely for so many steps of their optimizer, and regularise what these amount to;
+            and in any case at the end of an epoch and of the training.
+        start_step: Leave so many first steps alone. With scope run their change counts, from then on and in the end; null is a
+            tenth of the run there, where its length is known, else 0. What is chosen after the first step of all is hard to
+            leave again: entries that were undone have to overtake, in one step, what others have gathered in many.
+
+    Raises:
+        ValueError: every_n_steps is below 1 or start_step below 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        scope: Literal["step", "run"] = "step",
+        parameters: list[str] | None = None,
+        modules: list[str] | None = None,
+        every_n_steps: int = 1,
+        start_step: int | None = None,
+    ) -> None:
+        super().__init__()
+        if scope not in ("step", "run"):
+            raise ValueError(f"scope is step or run; got {scope!r}.")
+        if every_n_steps < 1 or (start_step or 0) < 0:
+            raise ValueError(
+                f"every_n_steps is at least 1 and start_step at least 0; got {every_n_steps} and {start_step}."
+            )
+        self.scope, self.parameters, self.modules = scope, parameters, modules
+        self.every_n_steps, self.start_step = every_n_steps, start_step
+        self._start = 0
+        self._names: dict[Parameter, str] = {}
+        self._before: dict[str, Tensor] = {}  # what changes are counted from
+        self._hooks: dict[Optimizer, RemovableHandle] = {}
+        self._steps: list[int] = []  # taken so far, in the order of the optimizers
+        self._due: dict[Optimizer, bool] = {}  # of the steps under way, whether to regularise after them
+        self._logs: dict[str, float] = {}
+
+    @abstractmethod
+    def regularise(self, changes: Sequence[Change]) -> dict[str, float]:
+        """Leave of these changes what is to be left of them, by their ``keep`` or ``replace``, and return what to log.
+
+        Called without gradients, with the weights that moved in a step, or with all that the run has trained; and on each
+        process of a distributed run with the same bits, from which it has to make the same ones.
+        """
+
+    # Before a run ------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse sharding strategies, and forget the last run.
+
+        Raises:
+            ValueError: The strategy shards.
+        """
+        if stage == "fit":
+            refuse_sharded_strategy(trainer.strategy)
+            self._before, self._steps = {}, []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the parameters.
+
+        Raises:
+            ValueError: There are none, or they are sharded, or a resumed run had others.
+        """
+        self._names = choose(pl_module, self.parameters, self.modules)
+        refuse_sharded(self._names)
+        weights = self._all()
+        for name, before in self._before.items():
+            if name not in weights or weights[name].shape != before.shape:
+                raise ValueError(
+                    f"The checkpoint has starting weights of {name}, of shape {tuple(before.shape)}, which the chosen "
+                    "parameters of this model do not have."
+                )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Settle when to begin, and be called after each step of each optimizer.
+
+        Raises:
+            TypeError: An optimizer cannot do that.
+        """
+        if self.start_step is not None:
+            self._start = self.start_step
+        else:
+            self._start = _tenth(trainer) if self.scope == "run" else 0
+        for optimizer in trainer.optimizers:
+            self._watch(optimizer)
+
+    def _watch(self, optimizer: Optimizer) -> int:
+        """Hook onto an optimizer, once; its index."""
+        if optimizer not in self._hooks:
+            try:
+                self._hooks[optimizer] = optimizer.register_step_post_hook(self._after_step)
+            except AttributeError as error:
+                raise TypeError(
+                    f"{type(optimizer).__name__} has no working register_step_post_hook, so {type(self).__name__} cannot see "
+                    "its steps. Make it a torch.optim.Optimizer whose __init__ calls super().__init__()."
+                ) from error
+            if len(self._steps) < len(self._hooks):
+                self._steps.append(0)
+        return list(self._hooks).index(optimizer)
+
+    # A step ------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Forget steps that were begun and not made, as by a loss scaler."""
+        self._due.clear()
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Regularise the gradients, or copy the weights.
+
+        Raises:
+            ValueError: A gradient is sparse or not finite.
+        """
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if optimizer in self._due and scaler is None:
+            return  # in the midst of a step that evaluates its closure several times
+        steps = self._steps[self._watch(optimizer)]
+        self._due[optimizer] = False
+        weights = self._weights(optimizer)
+        if not check_gradients(weights, skips=scaler is not None) or (self.scope == "step" and steps < self._start):
+            return
+        if self.scope == "step" and self.every_n_steps == 1 and is_plain_sgd(optimizer, scaler):
+            self._regularise(
+                [
+                    GradientChange(self._names[weight], weight, weight.grad, -float(group["lr"]))
+                    for group in optimizer.param_groups
+                    for weight in group["params"]
+                    if weight in self._names and weight.grad is not None and weight.grad.any()
+                ]
+            )
+            return
+        first = self.scope == "step" and (steps - self._start) % self.every_n_steps == 0
+        for name, weight in weights.items():
+            if first or name not in self._before:
+                self._before[name] = weight.detach().clone()
+        last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
+        taken = steps + 1 - self._start
+        self._due[optimizer] = taken > 0 and (taken % self.every_n_steps == 0 or last)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Regularise what the step has made of the weights."""
+        due = self._due.pop(optimizer, None)
+        if due is None:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} made a step that Lightning knows nothing of, so {type(self).__name__} could not "
+                "see the weights before it. Step what self.optimizers() gives, not the torch optimizer inside."
+            )
+        self._steps[self._watch(optimizer)] += 1
+        if due:
+            self._close(self._weights(optimizer) if self.scope == "step" else self._all())
+
+    @torch.no_grad()
+    def _close(self, weights: dict[str, Tensor]) -> None:
+        """Regularise the change of these weights since their copies, which scope step is then done with."""
+        changes = []
+        for name, weight in weights.items():
+            if name in self._before:
+                before = self._before[name] = self._before[name].to(weight)
+                if self.scope == "run" or not torch.equal(weight, before):
+                    changes.append(WeightChange(name, before, weight))
+        self._regularise(changes)
+        if self.scope == "step":
+            for name in weights:
+                self._before.pop(name, None)
+
+    def _regularise(self, changes: Sequence[Change]) -> None:
+        if changes:
+            logs = self.regularise(changes)
+            self._logs |= {f"{type(self).__name__.lower()}/{key}": value for key, value in logs.items()}
+
+    def _weights(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """The chosen weights that an optimizer can move; also those without a gradient, which some decay all the same."""
+        weights = (weight for group in optimizer.param_groups for weight in group["params"])
+        return {self._names[w]: w for w in weights if w in self._names and (w.requires_grad or w.grad is not None)}
+
+    def _all(self) -> dict[str, Tensor]:
+        return {name: weight for weight, name in self._names.items()}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the batch's steps, here since a step's own hooks may not."""
+        if self.scope == "step" and self.every_n_steps == 1:
+            self._before.clear()  # of steps that a loss scaler has skipped
+        if self._logs:
+            pl_module.log_dict(self._logs)
+            self._logs = {}
+
+    # After a run -------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Regularise what is still open: the last steps, and the whole run."""
+        self._close(self._all())
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The whole run once more, since other callbacks may have put averaged weights in place at the end of training."""
+        self._close(self._all())
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the optimizers alone."""
+        self._unhook()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the optimizers alone."""
+        self._unhook()
+
+    def _unhook(self) -> None:
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks, self._due, self._logs = {}, {}, {}
+
+    # Checkpoints -------------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """One for each selection of parameters, so that a Trainer can have several with different options."""
+        return self._generate_state_key(scope=self.scope, parameters=self.parameters, modules=self.modules)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The copies that changes are counted from, and the number of steps of each optimizer."""
+        return {"before": dict(self._before), "steps": list(self._steps)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with them."""
+        self._before, self._steps = dict(state_dict["before"]), list(state_dict["steps"])
+
+
+def _tenth(trainer: Trainer) -> int:
+    """Of the steps of a run, or 0 where their number is unknown."""
+    try:
+        steps = trainer.estimated_stepping_batches
+    except MisconfigurationException:  # accumulation that changes from epoch to epoch
+        return 0
+    return 0 if steps == float("inf") else int(steps) // 10
