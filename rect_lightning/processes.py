@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -51,9 +52,31 @@ class Processes:
         if self.count == 1:
             return compute(items)
         # a process that is left without a share repeats another's, to learn the shapes
-        found: Any = compute(self.mine(items) or items[:1])
+        with self.together():
+            found: Any = compute(self.mine(items) or items[:1])
         names = [part.name for part in fields(found)]
         return type(found)(**{name: self._gather(getattr(found, name), len(items)) for name in names})
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails inside in one process fails in all, so that none waits for it in vain; no process may ask others inside.
+
+        Raises:
+            RuntimeError: It failed in another process.
+        """
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            if self.count == 1:
+                raise
+            failure = error
+        told = self._tell(failure and f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        for rank, message in enumerate(told):
+            if message is not None:
+                raise RuntimeError(f"Process {rank} failed: {message}")
 
     def _gather(self, rows: Tensor, items: int) -> Tensor:
         mine = rows.unflatten(0, (max(1, len(self.mine(range(items)))), -1))
@@ -89,8 +112,10 @@ class Processes:
 
     def all_have(self, value: object) -> bool:
         """Whether all processes have an equal value, of any kind that can be pickled."""
-        if self.count == 1:
-            return True
-        values: list[object] = [None] * self.count
-        dist.all_gather_object(values, value)
-        return all(other == value for other in values)
+        return all(other == value for other in self._tell(value))
+
+    def _tell(self, value: object) -> list[object]:
+        values = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value)
+        return values

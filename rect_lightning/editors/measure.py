@@ -31,9 +31,10 @@ class Measurement:
     def add(self, editor: Editor, requests: Sequence[EditRequest]) -> None:
         """Measure requests on the editor's model as it stands, and clean; of several processes, each measures its share."""
         mine = editor.processes.mine(requests)
-        with editor.clean_weights():
-            clean = evaluate(editor.model, mine, show_progress=editor.show_progress)
-        after = evaluate(editor.model, mine, show_progress=editor.show_progress)
+        with editor.processes.together():
+            with editor.clean_weights():
+                clean = evaluate(editor.model, mine, show_progress=editor.show_progress)
+            after = evaluate(editor.model, mine, show_progress=editor.show_progress)
         self.before.to(editor.device).update(clean, clean)
         self.after.to(editor.device).update(after, clean)
         shown = requests[: self._wanted - len(self.samples)]

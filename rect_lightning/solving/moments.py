@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -215,16 +216,15 @@ def _pass(
     saved = time.monotonic()
     with track((), "second moments", show=show_progress, unit="token", total=moments.tokens) as bar:
         bar.update(tokens)
-        for number, rows in enumerate(
-            _batches(corpus.token_rows(adapter, moments, skip=rows_done, processes=processes))
-        ):
-            if number % processes.count == processes.rank:
-                _update(adapter, sums, rows.to(adapter.device))
-            rows_done += len(rows)
-            tokens += rows.numel()
-            bar.update(rows.numel())
-            round_ends = (number + 1) % processes.count == 0
-            if state is not None and round_ends and processes.agree(time.monotonic() - saved >= save_every):
+        batches = _batches(corpus.token_rows(adapter, moments, skip=rows_done, processes=processes))
+        while together := list(islice(batches, processes.count)):
+            with processes.together():
+                for rows in processes.mine(together):
+                    _update(adapter, sums, rows.to(adapter.device))
+            rows_done += sum(map(len, together))
+            tokens += (read := sum(rows.numel() for rows in together))
+            bar.update(read)
+            if state is not None and processes.agree(time.monotonic() - saved >= save_every):
                 _collect(sums, processes)
                 if processes.is_first:
                     totals = {str(layer): moment.total for layer, moment in sums.items()}
