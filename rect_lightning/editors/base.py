@@ -195,25 +195,27 @@ class Editor(LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         """Prepare what all operations share, from the clean model."""
+        trainer: Any = self.trainer
+        if self.mode == "single" or trainer.fast_dev_run:
+            # single: each operation's weights are gone after it, so a checkpoint could only hold the base model;
+            # fast_dev_run: none is wanted, but Lightning's save_last writes one
+            self._put_aside = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoint)]
+            trainer.callbacks = [callback for callback in trainer.callbacks if callback not in self._put_aside]
         if self.mode == "single":
-            # each operation's weights are gone after it, so a checkpoint could only hold the base model
-            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-            self._put_aside = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
-            self.trainer.callbacks = [c for c in callbacks if c not in self._put_aside]  # type: ignore[attr-defined]
             self.measurement = Measurement()
             rank_zero_info(
                 "Single mode: the clean weights come back after each operation, and no checkpoint is written."
             )
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:
             # so many operations, and not so many layers, to which Lightning limits optimizer steps as well
-            self.trainer.fit_loop.epoch_loop.max_steps = -1
-        elif self.trainer.max_steps > 0:
+            trainer.fit_loop.epoch_loop.max_steps = -1
+        elif trainer.max_steps > 0:
             each = len(self.layers) if self.step_per == "layer" else 1
             rank_zero_info(
-                f"trainer.max_steps={self.trainer.max_steps} counts optimizer steps, of which an edit operation makes {each}: "
-                f"the fit ends with operation {-(-self.trainer.max_steps // each)}, which is made whole."
+                f"trainer.max_steps={trainer.max_steps} counts optimizer steps, of which an edit operation makes {each}: "
+                f"the fit ends with operation {-(-trainer.max_steps // each)}, at the latest, which is made whole."
             )
-        check_requests(self.model, getattr(getattr(self.trainer, "datamodule", None), "requests", []))
+        check_requests(self.model, getattr(getattr(trainer, "datamodule", None), "requests", []))
         with self.clean_weights(), self._full_precision():
             self.prepare()
 
