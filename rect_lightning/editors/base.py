@@ -213,7 +213,7 @@ class Editor(LightningModule, ABC):
             each = len(self.layers) if self.step_per == "layer" else 1
             rank_zero_info(
                 f"trainer.max_steps={trainer.max_steps} counts optimizer steps, of which an edit operation makes {each}: "
-                f"the fit ends with operation {-(-trainer.max_steps // each)}, at the latest, which is made whole."
+                f"the fit ends with operation {-(-trainer.max_steps // each)} at the latest, which is made whole."
             )
         check_requests(self.model, getattr(getattr(trainer, "datamodule", None), "requests", []))
         with self.clean_weights(), self._full_precision():
