@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
 from rect_lightning.cache import cache_dir
 from rect_lightning.callbacks.summary import Summary
@@ -37,6 +38,8 @@ class EditTrainer(Trainer):
     def moments(self, model: Editor, datamodule: EditData | None = None) -> None:
         """Estimate the second moments that an editor needs and cache them, without editing anything.
 
+        Several processes share the text.
+
         Args:
             model: The editor.
             datamodule: Not needed.
@@ -48,12 +51,19 @@ class EditTrainer(Trainer):
             raise TypeError(
                 f"{type(model).__name__} as configured uses no second moments: there is nothing to prepare."
             )
+        if self.strategy.launcher is None:
+            self._moments(model)
+        else:
+            self.strategy.launcher.launch(self._moments, model, trainer=self)
+
+    def _moments(self, model: LocateThenEdit) -> None:
         self.strategy.connect(model)
+        self.strategy.setup_environment()
         model.trainer = self
         model.configure_model()
         model.to(self.strategy.root_device)
         model.prepare_moments()
-        _log.info("The second moments of layers %s are in %s.", model.layers, cache_dir() / "moments")
+        rank_zero_info("The second moments of layers %s are in %s.", model.layers, cache_dir() / "moments")
 
 
 class EditCLI(LightningCLI):
@@ -82,6 +92,8 @@ class EditCLI(LightningCLI):
                 "trainer.log_every_n_steps": 1,
                 "trainer.num_sanity_val_steps": 0,
                 "trainer.enable_model_summary": False,
+                # without a logger a run's files go there, and not over a config.yaml that lies here
+                "trainer.default_root_dir": "runs",
             }
         )
 
@@ -118,6 +130,8 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", message=r".*does not have many workers")
     warnings.filterwarnings("ignore", message=r"The dirpath has changed")  # of course: each run has a folder of its own
     warnings.filterwarnings("ignore", message=r".*LeafSpec", module=r"lightning\.")
+    # a checkpoint is of whole operations, as it should be
+    warnings.filterwarnings("ignore", message=r"Using ModelCheckpoint with manual optimization")
     EditCLI(
         Editor,
         EditData,
@@ -126,11 +140,17 @@ def main(args: ArgsType = None) -> None:
         subclass_mode_model=True,
         seed_everything_default=0,
         trainer_defaults={
-            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": None}},
+            "logger": {
+                "class_path": "rect_lightning.loggers.RunFolder",
+                "init_args": {"save_dir": "runs", "name": None},
+            },
             "callbacks": [
-                ModelCheckpoint(filename="edited", save_last=True),
+                # no version counter: in a folder that is used again, `edited` belongs to the rest of what lies there
+                ModelCheckpoint(filename="edited", save_last=True, enable_version_counter=False),
                 # of a long run there is something to go on from, at the price of a write in ten minutes
-                ModelCheckpoint(filename="running", train_time_interval=timedelta(minutes=10)),
+                ModelCheckpoint(
+                    filename="running", train_time_interval=timedelta(minutes=10), enable_version_counter=False
+                ),
                 Summary(),
             ],
         },

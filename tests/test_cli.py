@@ -2,7 +2,11 @@
 
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,11 +202,77 @@ def test_a_fast_dev_run_makes_one_operation_and_leaves_nothing(here, capsys):
     main(["fit", "--config", "tiny.yaml", "--trainer.fast_dev_run", "true"])
     assert "Before and after the edits" in capsys.readouterr().out
     assert not (here / "runs").exists()
+    assert not (here / "checkpoints").exists()
 
 
 def test_limit_train_batches(here):
     main(["fit", "--config", "tiny.yaml", "--trainer.limit_train_batches", "1"])
     assert json.loads((here / "runs" / "version_0" / "provenance.json").read_text())["requests"] == ["a", "b"]
+
+
+def test_a_run_in_a_folder_that_exists_replaces_what_is_there(here):
+    again = ["fit", "--config", "tiny.yaml", "--trainer.logger.version", "0"]
+    main([*again, "--data.limit", "2"])
+    first = set((here / "runs" / "version_0").rglob("*"))
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        main([*again, "--data.offset", "3"])
+    run = here / "runs" / "version_0"
+    assert set(run.rglob("*")) == first
+    assert checkpoint(run)["rect_lightning"]["requests"] == ["d"]
+    assert json.loads((run / "provenance.json").read_text())["requests"] == ["d"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["offset"] == 3
+    with open(run / "metrics.csv", newline="") as file:
+        assert [row["edit/requests"] for row in csv.DictReader(file) if row["edit/requests"]] == ["1.0"]
+
+
+def test_several_loggers(here):
+    pytest.importorskip("tensorboard", reason="needs tensorboard: pip install '.[tensorboard]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = [
+        {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "board", "name": ""}},
+        {"class_path": "CSVLogger", "init_args": {"save_dir": "table", "name": ""}},
+    ]
+    main(["fit", "--config", "tiny.yaml", "--trainer.logger", json.dumps(loggers)])
+    run = here / "board" / "version_0"
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.yaml", "metrics.json", "checkpoints"}, "the first logger's is the run folder"
+    board = EventAccumulator(str(run)).Reload()
+    assert [event.value for event in board.Scalars("edit/requests")] == [2, 4]
+    assert [event.value for event in board.Scalars("after/efficacy/exact")] == [1]
+    with open(here / "table" / "version_0" / "metrics.csv", newline="") as file:
+        assert [row["edit/requests"] for row in csv.DictReader(file) if row["edit/requests"]] == ["2.0", "4.0"]
+    assert not (here / "runs").exists()
+
+
+def test_without_a_logger_files_go_to_the_runs_folder(here):
+    (here / "config.yaml").write_text("mine")
+    main(["fit", "--config", "tiny.yaml", "--trainer.logger", "false"])
+    assert (here / "config.yaml").read_text() == "mine"
+    assert {path.name for path in (here / "runs").iterdir()} >= {"config.yaml", "metrics.json", "checkpoints"}
+
+
+def test_two_processes_leave_the_run_folder_of_one(here, fitted):
+    command = [sys.executable, "-m", "rect_lightning", "fit", "--config", "tiny.yaml"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    run = subprocess.run(
+        [*command, "--trainer.strategy", "ddp", "--trainer.devices", "2"],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Before and after the edits") == 1
+    assert [path.name for path in (here / "runs").iterdir()] == ["version_0"]
+    one, two = fitted / "runs" / "version_0", here / "runs" / "version_0"
+    files = [{path.relative_to(folder) for path in folder.rglob("*")} for folder in (one, two)]
+    assert files[0] == files[1]
+    results = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
+    for when in ("before", "after"):
+        assert results[0][when] == pytest.approx(results[1][when], rel=1e-4)
+    for name in ("samples.json", "provenance.json"):
+        assert (one / name).read_text() == (two / name).read_text()
+    weights = [checkpoint(folder)["state_dict"] for folder in (one, two)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=1e-5, rtol=0)
 
 
 # Configurations ------------------------------------------------------------------------------------------------------

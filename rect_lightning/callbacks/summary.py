@@ -48,13 +48,14 @@ class Summary(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the continuations side by side, and write them to ``predictions.json``."""
+        folder = trainer.log_dir  # all processes have to ask
         if not trainer.is_global_zero:
             return
         console = Console()
         console.print(samples_table(self.predictions))
-        if trainer.log_dir is not None:
-            self._write(Path(trainer.log_dir), {"predictions.json": self.predictions})
-            console.print(f"Run folder: {trainer.log_dir}", soft_wrap=True)
+        if folder is not None:
+            self._write(Path(folder), {"predictions.json": self.predictions})
+            console.print(f"Run folder: {folder}", soft_wrap=True)
 
     def _write(self, folder: Path, files: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,18 +63,18 @@ class Summary(Callback):
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _report(self, trainer: Trainer, pl_module: Any) -> None:
-        results = pl_module.results
+        results, folder = pl_module.results, trainer.log_dir  # all processes have to ask for the folder
         if not trainer.is_global_zero or not results["after"]:
             return
         samples = pl_module.measurement.samples
-        if trainer.log_dir is not None:
+        if folder is not None:
             files = {"metrics.json": results, "samples.json": samples, "provenance.json": pl_module.provenance()}
-            self._write(Path(trainer.log_dir), files)
+            self._write(Path(folder), files)
         console = Console()
         console.print(metrics_table(results))
         console.print(samples_table(samples))
-        if trainer.log_dir is not None:
-            console.print(f"Run folder: {trainer.log_dir}", soft_wrap=True)
+        if folder is not None:
+            console.print(f"Run folder: {folder}", soft_wrap=True)
 
 
 def metrics_table(results: dict[str, dict[str, float]]) -> Table:

@@ -32,8 +32,7 @@ class EditData(LightningDataModule):
             for files.
         zsre_target: What zsRE is edited towards: alt, a wrong answer (as in the RECT paper), or answer, the right one
             (as in ROME and MEMIT).
-        batch_size: How many requests are edited together, in one edit operation. Under several processes each takes
-            that many.
+        batch_size: How many requests are edited together, in one edit operation, whatever the number of processes.
         limit: Edit so many requests, of which there must be as many; null for all.
         offset: Leave out so many requests before the first one that is edited.
         shuffle: Put the requests in a random order, before offset and limit.
@@ -121,15 +120,9 @@ class EditData(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Batches of requests, each one edit operation; the last may be smaller.
 
-        Under several processes the requests are dealt out in turn, and the first ones repeated where they do not go
-        round evenly.
+        Several processes are handed the same batches, whose work they share.
         """
-        sampler: DistributedSampler | None = None
-        replicas = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
-        if replicas.get("num_replicas", 1) > 1:
-            # The sampler that Lightning would put here shuffles, in training even where the data module does not.
-            sampler = DistributedSampler(self.requests, shuffle=False, **replicas)  # type: ignore[arg-type]
-        return _batches(self.requests, self.batch_size, sampler)
+        return _batches(self.requests, self.batch_size)
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the same requests."""
@@ -196,5 +189,7 @@ class _Batches(DataLoader):
         self._skip = state["handed_out"]
 
 
-def _batches(items: list, size: int, sampler: DistributedSampler | None = None) -> DataLoader:
+def _batches(items: list, size: int) -> DataLoader:
+    # all items in order; Lightning leaves a sampler of this class alone, any other it would shuffle and deal out
+    sampler: DistributedSampler = DistributedSampler(items, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type]
     return _Batches(items, batch_size=size, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]

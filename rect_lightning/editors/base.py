@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import SGD, Optimizer
@@ -19,6 +20,7 @@ from rect_lightning.editors.measure import Measurement, prose_path, with_perplex
 from rect_lightning.metrics import check_requests
 from rect_lightning.models import Adapter, Source, adapter_for
 from rect_lightning.models.fingerprint import weights_fingerprint
+from rect_lightning.processes import Processes
 from rect_lightning.solving.relative_change import change_statistics, relative_change
 
 if TYPE_CHECKING:
@@ -90,17 +92,17 @@ class Editor(LightningModule, ABC):
 
         Raises:
             ValueError: The precision would take the edited weights out of fp32.
-            RuntimeError: There are several processes.
+            RuntimeError: There are several processes, under another strategy than ddp.
         """
         if str(self.trainer.precision) not in _PRECISIONS:
             raise ValueError(
                 f"trainer.precision={self.trainer.precision} would take the edited weights out of fp32, in which updates are "
                 f"exact; use one of {', '.join(_PRECISIONS)}."
             )
-        if stage == "fit" and self.trainer.world_size > 1:
+        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, DDPStrategy):
             raise RuntimeError(
-                f"An edit operation needs all its requests in one process, and there are {self.trainer.world_size}: set "
-                "trainer.devices to 1."
+                f"An update is computed from whole weights, which {type(self.trainer.strategy).__name__} may split over its "
+                f"{self.trainer.world_size} processes: set trainer.strategy to ddp, or trainer.devices to 1."
             )
 
     # The model ---------------------------------------------------------------------------------------------------
@@ -178,6 +180,13 @@ class Editor(LightningModule, ABC):
             self._trainer is not None and self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
         )
 
+    @property
+    def processes(self) -> Processes:
+        """The processes of the Trainer's run, which share the work of each operation."""
+        if self._trainer is None:
+            return Processes()
+        return Processes(rank=self.trainer.global_rank, count=self.trainer.world_size, device=self.device)
+
     # An edit operation -------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Optimizer:
@@ -186,16 +195,27 @@ class Editor(LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         """Prepare what all operations share, from the clean model."""
+        trainer: Any = self.trainer
+        if self.mode == "single" or trainer.fast_dev_run:
+            # single: each operation's weights are gone after it, so a checkpoint could only hold the base model;
+            # fast_dev_run: none is wanted, but Lightning's save_last writes one
+            self._put_aside = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoint)]
+            trainer.callbacks = [callback for callback in trainer.callbacks if callback not in self._put_aside]
         if self.mode == "single":
-            # each operation's weights are gone after it, so a checkpoint could only hold the base model
-            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-            self._put_aside = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
-            self.trainer.callbacks = [c for c in callbacks if c not in self._put_aside]  # type: ignore[attr-defined]
             self.measurement = Measurement()
             rank_zero_info(
                 "Single mode: the clean weights come back after each operation, and no checkpoint is written."
             )
-        check_requests(self.model, getattr(getattr(self.trainer, "datamodule", None), "requests", []))
+        if trainer.fast_dev_run:
+            # so many operations, and not so many layers, to which Lightning limits optimizer steps as well
+            trainer.fit_loop.epoch_loop.max_steps = -1
+        elif trainer.max_steps > 0:
+            each = len(self.layers) if self.step_per == "layer" else 1
+            rank_zero_info(
+                f"trainer.max_steps={trainer.max_steps} counts optimizer steps, of which an edit operation makes {each}: "
+                f"the fit ends with operation {-(-trainer.max_steps // each)} at the latest, which is made whole."
+            )
+        check_requests(self.model, getattr(getattr(trainer, "datamodule", None), "requests", []))
         with self.clean_weights(), self._full_precision():
             self.prepare()
 
@@ -211,7 +231,11 @@ class Editor(LightningModule, ABC):
         """The method's update ``ΔW`` of a layer, ``[out, in]``, from the model as it stands now."""
 
     def training_step(self, batch: list[EditRequest], batch_idx: int) -> None:
-        """Edit one batch of requests. Either the whole operation is made or, if anything fails, nothing of it."""
+        """Edit one batch of requests. Either the whole operation is made or, if anything fails, nothing of it.
+
+        Several processes share its work; each makes the same steps.
+        """
+        self._check_shared(batch)
         start = time.perf_counter()
         with self._all_or_nothing(), self._full_precision():
             state = self.begin(batch)
@@ -258,9 +282,18 @@ class Editor(LightningModule, ABC):
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         terms = [-(update * self.model.weight(layer)).sum() for layer, update in updates.items()]
+        if self.processes.count > 1:  # DDP averages gradients, and wants one of every weight
+            terms += [0 * self.model.weight(layer).sum() for layer in self.layers if layer not in updates]
         self.manual_backward(torch.stack(terms).sum())
         optimizer.step()
         optimizer.zero_grad()
+
+    def _check_shared(self, batch: Sequence[EditRequest]) -> None:
+        if not self.processes.all_have([request.id for request in batch]):
+            raise RuntimeError(
+                "The processes were handed different requests, but they share the work of one operation: all must be handed "
+                "the same. Take EditData, or set trainer.use_distributed_sampler to false."
+            )
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -279,7 +312,9 @@ class Editor(LightningModule, ABC):
         return torch.autocast(self.device.type, enabled=False)
 
     def on_train_batch_end(self, outputs: Any, batch: list[EditRequest], batch_idx: int) -> None:
-        """In single mode, measure this operation and put the clean weights back."""
+        """In single mode, measure this operation and put the clean weights back; measure before `max_steps` ends a fit."""
+        if 0 < self.trainer.max_steps <= self.trainer.global_step:
+            self.trainer.should_stop = True  # Lightning ends a fit without validation otherwise
         if self.mode == "single":
             try:
                 self._refuse_unchanged()
@@ -288,13 +323,20 @@ class Editor(LightningModule, ABC):
             finally:
                 self.restore()
 
+    def on_train_epoch_end(self) -> None:
+        """In single mode, log the metrics, which do not wait for a validation."""
+        if self.mode == "single":
+            self._report(self.measurement.compute())
+
     def on_fit_end(self) -> None:
         """Refuse to pass off the base model as an edited one."""
         if self._put_aside:
             self.trainer.callbacks += self._put_aside  # type: ignore[attr-defined]
             self._put_aside = []
-        if self.mode == "sequential" and self.operations:
+        if self.mode == "sequential":
             self._refuse_unchanged()
+        elif not self.operations:
+            raise RuntimeError("The fit made no edit operation; is trainer.limit_train_batches 0?")
 
     def _refuse_unchanged(self) -> None:
         if self.is_clean():
@@ -318,6 +360,7 @@ class Editor(LightningModule, ABC):
         """Measure the requests on the clean model and on the edited one; in a fit, those that have been edited."""
         if self._measured_while_editing or self.trainer.sanity_checking:
             return
+        self._check_shared(batch)
         if self.trainer.state.fn == "fit":
             done = set(self.done)
             batch = [request for request in batch if request.id in done]
@@ -326,14 +369,19 @@ class Editor(LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         """Log all metrics, as ``before/…`` and ``after/…``."""
-        if self.trainer.sanity_checking:
+        if self.trainer.sanity_checking or self._measured_while_editing:
             return
-        self.results = self.measurement.compute()
-        if self.prose is not None and not self._measured_while_editing:
+        results = self.measurement.compute()
+        if self.prose is not None:
             with self._full_precision():
-                self.results = with_perplexity(self, self.results, self.prose)
-        for when, values in self.results.items():
-            self.log_dict({f"{when}/{name}": value for name, value in values.items()}, rank_zero_only=True)
+                results = with_perplexity(self, results, self.prose)
+        self._report(results)
+
+    def _report(self, results: dict[str, dict[str, float]]) -> None:
+        self.results = results
+        for when, values in results.items():
+            # equal in all processes already
+            self.log_dict({f"{when}/{name}": value for name, value in values.items()}, sync_dist=True)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

@@ -56,7 +56,7 @@ class LocateThenEdit(Editor):
 
     def prepare(self) -> None:
         """Prefixes, the factored moments of each layer, and the part of the model that the search runs."""
-        self.templates = self.templates or self.prefixes.resolve(self.model)
+        self.templates = self.processes.agree(self.templates or self.prefixes.resolve(self.model))
         self.prepare_moments()
         self._ahead = {}
         bf16 = "bf16" in str(self.trainer.precision)
@@ -72,6 +72,7 @@ class LocateThenEdit(Editor):
                 fingerprint=self.fingerprint,
                 cache=cache_dir(),
                 show_progress=self.show_progress,
+                processes=self.processes,
             )
             self.factors = {layer: Factored(c, f"The second moment of layer {layer}") for layer, c in found.items()}
 
@@ -88,15 +89,18 @@ class LocateThenEdit(Editor):
         return values
 
     def _search(self, requests: Sequence[EditRequest]) -> TargetValues:
-        assert self.tail is not None
-        return search_values(
-            self.model,
-            self.tail,
-            search_rows(self.model, requests, self.templates),
-            self.search,
-            relative_to=self.relative_to if self.model.writes_to_stream else "value",
-            show_progress=self.show_progress,
-        )
+        def search(mine: Sequence[EditRequest]) -> TargetValues:
+            assert self.tail is not None
+            return search_values(
+                self.model,
+                self.tail,
+                search_rows(self.model, mine, self.templates),
+                self.search,
+                relative_to=self.relative_to if self.model.writes_to_stream else "value",
+                show_progress=self.show_progress,
+            )
+
+        return self.processes.map(requests, search)
 
     def _searched_ahead(self, requests: Sequence[EditRequest]) -> TargetValues:
         """Target values where every operation starts from the same weights: searched for many operations at once."""
@@ -111,14 +115,18 @@ class LocateThenEdit(Editor):
         dataset = getattr(self.trainer.train_dataloader, "dataset", None)
         if not isinstance(dataset, list) or requests[0] not in dataset:
             return []
-        first = dataset.index(requests[0])
+        first, together = dataset.index(requests[0]), self.search.together * self.processes.count
         operations = self.trainer.num_training_batches - self.trainer.fit_loop.epoch_loop.batch_idx
-        return dataset[first : first + int(min(self.search.together, operations * len(requests)))]
+        return dataset[first : first + int(min(together, operations * len(requests)))]
 
     def states(self, layer: int, requests: Sequence[EditRequest], templates: Sequence[str]) -> SubjectStates:
         """Activations at the subject in each template, all templates of the first request first."""
-        rows = key_rows(self.model, requests, templates)
-        return subject_states(self.model, rows, layer, show_progress=self.show_progress)
+
+        def read(mine: Sequence[EditRequest]) -> SubjectStates:
+            rows = key_rows(self.model, mine, templates)
+            return subject_states(self.model, rows, layer, show_progress=self.show_progress)
+
+        return self.processes.map(requests, read)
 
     def mean_keys(self, layer: int, requests: Sequence[EditRequest], weights: Tensor) -> tuple[Tensor, SubjectStates]:
         """Keys averaged over the templates with these weights, ``[requests, in]``, and the states they come from."""

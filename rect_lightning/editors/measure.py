@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rect_lightning.data.request import EditRequest
 from rect_lightning.metrics import EditMetrics, evaluate, perplexity
@@ -29,14 +29,16 @@ class Measurement:
         self._wanted = samples
 
     def add(self, editor: Editor, requests: Sequence[EditRequest]) -> None:
-        """Measure requests on the editor's model as it stands, and clean."""
-        with editor.clean_weights():
-            clean = evaluate(editor.model, requests, show_progress=editor.show_progress)
-        after = evaluate(editor.model, requests, show_progress=editor.show_progress)
+        """Measure requests on the editor's model as it stands, and clean; of several processes, each measures its share."""
+        mine = editor.processes.mine(requests)
+        with editor.processes.together():
+            with editor.clean_weights():
+                clean = evaluate(editor.model, mine, show_progress=editor.show_progress)
+            after = evaluate(editor.model, mine, show_progress=editor.show_progress)
         self.before.to(editor.device).update(clean, clean)
         self.after.to(editor.device).update(after, clean)
         shown = requests[: self._wanted - len(self.samples)]
-        if shown:
+        if shown and editor.processes.is_first:
             self.samples += [
                 {"request": f"{request.text} → {request.target_new}", **sample}
                 for request, sample in zip(shown, editor.continuations([r.text for r in shown]), strict=True)
@@ -69,7 +71,8 @@ def with_perplexity(editor: Editor, results: dict[str, dict[str, float]], prose:
     path = prose_path(prose)
     text, name = path.read_text(encoding="utf-8"), f"perplexity/{path.stem}"
     context = min(512, editor.model.context_length)
+    options: dict[str, Any] = {"context": context, "show_progress": editor.show_progress, "processes": editor.processes}
     with editor.clean_weights():
-        before = perplexity(editor.model, text, context=context, show_progress=editor.show_progress)
-    after = perplexity(editor.model, text, context=context, show_progress=editor.show_progress)
+        before = perplexity(editor.model, text, **options)
+    after = perplexity(editor.model, text, **options)
     return {"before": {**results["before"], name: before}, "after": {**results["after"], name: after}}

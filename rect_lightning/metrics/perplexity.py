@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rect_lightning.metrics.forward import hidden_states, measuring, token_log_probs
+from rect_lightning.processes import Processes
 from rect_lightning.progress import track
 from rect_lightning.solving.batching import by_length
 
@@ -22,6 +23,7 @@ def perplexity(
     limit: int | None = None,
     tokens_per_batch: int = 2048,
     show_progress: bool = False,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
 ) -> float:
     """Exponential of the mean negative log-likelihood of a text's tokens, in chunks that do not overlap.
 
@@ -36,6 +38,7 @@ def perplexity(
         limit: Read this many tokens from the start of the text; None reads all.
         tokens_per_batch: Tokens of a batch; more needs more memory.
         show_progress: Whether to show a bar over the batches.
+        processes: The processes that share the text, all with the same model; each gets the result.
 
     Raises:
         ValueError: ``context`` does not fit the model, ``limit`` is not positive, or there is no token to score.
@@ -58,7 +61,7 @@ def perplexity(
         raise ValueError(f"Nothing to score: the text gives {len(body)} tokens with limit={limit}.")
 
     total = torch.zeros((), dtype=torch.float64)
-    batches = by_length([len(chunk) for chunk in chunks], tokens_per_batch)
+    batches = processes.mine(by_length([len(chunk) for chunk in chunks], tokens_per_batch))
     with measuring(adapter.model):
         for batch in track(batches, "Perplexity", show=show_progress, unit="batch"):
             rows = [chunks[i] for i in batch]
@@ -67,4 +70,4 @@ def perplexity(
             hidden = hidden_states(adapter, rows).flatten(0, 1)
             log_probs, _ = token_log_probs(adapter, hidden, states, tokens)
             total -= log_probs.cpu().double().sum()
-    return (total / sum(len(chunk) - 1 for chunk in chunks)).exp().item()
+    return (processes.sum(total) / sum(len(chunk) - 1 for chunk in chunks)).exp().item()

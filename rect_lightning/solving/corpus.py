@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rect_lightning.models.adapter import Adapter
+from rect_lightning.processes import Processes
 
 _SAMPLED_TOGETHER = 128  # rows; part of what a sample is, since rounding depends on it
 
@@ -101,7 +102,13 @@ def identity(adapter: Adapter, moments: Moments) -> dict[str, Any]:
     return hub | common
 
 
-def token_rows(adapter: Adapter, moments: Moments, *, skip: int = 0) -> Iterator[Tensor]:
+def token_rows(
+    adapter: Adapter,
+    moments: Moments,
+    *,
+    skip: int = 0,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
+) -> Iterator[Tensor]:
     """The text as rows of token ids, ``[context]`` int64 on the CPU, ``tokens`` in all; the last row may be shorter.
 
     Documents are packed: laid end to end with the separator between, then cut into rows, so there is no padding. Where
@@ -112,9 +119,10 @@ def token_rows(adapter: Adapter, moments: Moments, *, skip: int = 0) -> Iterator
         adapter: The model, which samples where the source is ``self``.
         moments: The source.
         skip: Rows to leave out at the front; the rest are the same as without. Their text is read all the same.
+        processes: The processes that share the sampling; all get all rows.
     """
     if moments.source == "self":
-        yield from _sampled_rows(adapter, moments, skip=skip)
+        yield from _sampled_rows(adapter, moments, skip=skip, processes=processes)
         return
     start = _start(adapter)
     stream: list[int] = []
@@ -227,7 +235,7 @@ def _hub_records(moments: Moments) -> Iterator[Any]:
     yield from records
 
 
-def _sampled_rows(adapter: Adapter, moments: Moments, *, skip: int) -> Iterator[Tensor]:
+def _sampled_rows(adapter: Adapter, moments: Moments, *, skip: int, processes: Processes) -> Iterator[Tensor]:
     """Rows that the model samples at temperature 1 after its BOS or separator token, which the row includes.
 
     An end of text within a row is not special: the model begins another text.
@@ -238,11 +246,17 @@ def _sampled_rows(adapter: Adapter, moments: Moments, *, skip: int) -> Iterator[
     first = [*_start(adapter), _separator(adapter, moments)][0]
     weights = _sampling_weights(adapter)
     # always the same groups, wherever one starts: rounding, and so a token here and there, depends on who is in a batch
-    for begin in range(skip - skip % _SAMPLED_TOGETHER, count, _SAMPLED_TOGETHER):
-        rows = _sample(adapter, weights, first, draws[begin : begin + _SAMPLED_TOGETHER])
-        for index, row in enumerate(rows, begin):
-            if index >= skip:
-                yield row[: moments.tokens - index * moments.context]
+    done = skip - skip % _SAMPLED_TOGETHER
+    groups = [draws[begin : begin + _SAMPLED_TOGETHER] for begin in range(done, count, _SAMPLED_TOGETHER)]
+    for begin in range(0, len(groups), processes.count):
+        together = groups[begin : begin + processes.count]
+        sampled = [_sample(adapter, weights, first, group) for group in processes.mine(together)]
+        for source, group in enumerate(together):
+            rows = sampled[0] if source == processes.rank else torch.empty(group.shape, dtype=torch.long)
+            for index, row in enumerate(processes.broadcast(rows, source=source), done):
+                if index >= skip:
+                    yield row[: moments.tokens - index * moments.context]
+            done += len(group)
 
 
 def _sampling_weights(adapter: Adapter) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rect_lightning.models.adapter import Adapter
+from rect_lightning.processes import Processes
 from rect_lightning.progress import track
 from rect_lightning.solving import corpus, moment_files
 from rect_lightning.solving.blocks import ending_at
@@ -56,6 +58,11 @@ class SecondMoment:
             self.total[start : start + _BLOCK, start:] += rows.cpu()
         self.count += len(keys)
 
+    def collect(self, processes: Processes) -> None:
+        """Bring what all processes have seen to the first one; the others start anew."""
+        total, count = processes.sum(self.total), int(processes.sum(torch.tensor(self.count)))
+        self.total, self.count = (total, count) if processes.is_first else (total.zero_(), 0)
+
     def compute(self) -> Tensor:
         """``C``, ``[width, width]`` fp32.
 
@@ -77,6 +84,7 @@ def second_moments(
     cache: Path | None = None,
     save_every: float = 60.0,
     show_progress: bool = False,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
 ) -> dict[int, Tensor]:
     """``C`` of each layer, from files, from the cache, or in one pass over the text.
 
@@ -84,6 +92,9 @@ def second_moments(
     the model's own dtype whatever autocast is on. Layers that the cache has are not computed again. A pass that was
     killed goes on where its last saved state stands, with the same result to the bit; of two processes that need
     the same moments one computes them and the other waits.
+
+    The processes of a distributed run share the text. The first one alone reads and writes the cache; what it has, the
+    others get from it. A pass that was killed goes on under any number of processes.
 
     Args:
         adapter: The model, with the weights that the moments are wanted for.
@@ -93,6 +104,7 @@ def second_moments(
         cache: Folder for finished moments and the state of a pass; None keeps nothing.
         save_every: Seconds between saved states of a pass.
         show_progress: Whether to show a bar over tokens.
+        processes: The processes of a distributed run, all with the same model.
 
     Returns:
         ``C`` by layer, ``[d, d]`` fp32 on the CPU, where ``d`` is the width of the keys.
@@ -109,33 +121,54 @@ def second_moments(
     header = corpus.identity(adapter, moments) | {"dtype": str(adapter.weight(layers[-1]).dtype)}
     header |= {"fingerprint": fingerprint, "batch_tokens": _BATCH_TOKENS}
     if cache is None:
-        return _pass(adapter, layers, moments, header, None, save_every, show_progress)
+        found = _pass(adapter, layers, moments, header, None, save_every, show_progress, processes)
+    else:
+        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
+        folder = cache / "moments" / fingerprint / digest
+        found = _through_cache(adapter, layers, moments, header, folder, save_every, show_progress, processes)
+    if processes.is_first:
+        return {layer: processes.broadcast(found[layer]) for layer in layers}
+    return {layer: processes.broadcast(torch.empty(2 * [_width(adapter, layer)])) for layer in layers}
 
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache / "moments" / fingerprint / digest
-    if (found := _cached(adapter, layers, folder, header)).keys() >= set(layers):
+
+def _through_cache(
+    adapter: Adapter,
+    layers: list[int],
+    moments: Moments,
+    header: dict[str, Any],
+    folder: Path,
+    save_every: float,
+    show_progress: bool,
+    processes: Processes,
+) -> dict[int, Tensor]:
+    """What the folder has, and what it lacked, now in it too; nothing in processes other than the first."""
+    found = _cached(adapter, layers, folder, header) if processes.is_first else {}
+    if processes.agree(found.keys() >= set(layers)):
         return found  # without the lock, so that a cache that cannot be written to can still be read
 
+    with _locked(folder) if processes.is_first else contextlib.nullcontext():
+        found = _cached(adapter, layers, folder, header) if processes.is_first else {}
+        missing = processes.agree([layer for layer in layers if layer not in found])
+        if missing:
+            state = folder / f"state-{'-'.join(map(str, missing))}.safetensors"
+            computed = _pass(adapter, missing, moments, header, state, save_every, show_progress, processes)
+            for layer, moment in computed.items():
+                path = folder / moment_files.file_name(adapter, layer)
+                moment_files.write(path, {"C": moment}, header | {"layer": layer})
+            if processes.is_first:
+                _remove(folder, "state-*")
+            found |= computed
+    return found
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     from filelock import FileLock
 
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         _remove(folder, "*.partial")  # we hold the lock: whoever was writing these is dead
-        found = _cached(adapter, layers, folder, header)
-        missing = [layer for layer in layers if layer not in found]
-        if missing:
-            text = "text that the model samples" if moments.source == "self" else moments.source
-            _log.info(
-                "Second moments of layers %s from %s tokens of %s; kept for next time.", missing, moments.tokens, text
-            )
-            state = folder / f"state-{'-'.join(map(str, missing))}.safetensors"
-            computed = _pass(adapter, missing, moments, header, state, save_every, show_progress)
-            for layer, moment in computed.items():
-                path = folder / moment_files.file_name(adapter, layer)
-                moment_files.write(path, {"C": moment}, header | {"layer": layer})
-            _remove(folder, "state-*")
-            found |= computed
-    return {layer: found[layer] for layer in layers}
+        yield
 
 
 def _remove(folder: Path, pattern: str) -> None:
@@ -175,26 +208,42 @@ def _pass(
     state: Path | None,
     save_every: float,
     show_progress: bool,
+    processes: Processes,
 ) -> dict[int, Tensor]:
-    """Compute the layers' moments, from the saved state on where there is one."""
+    """Compute the layers' moments, from the saved state on where there is one; nothing but in the first process."""
     sums = {layer: SecondMoment(_width(adapter, layer)) for layer in layers}
-    rows_done = _restore(sums, state, header)
-    first = sums[layers[0]]
+    rows_done = _restore(sums, state, header) if processes.is_first else 0
+    rows_done, tokens = processes.agree((rows_done, sums[layers[0]].count))
+    if processes.is_first and state is not None:
+        text = "text that the model samples" if moments.source == "self" else moments.source
+        _log.info("Second moments of layers %s from %s tokens of %s; kept for next time.", layers, moments.tokens, text)
     saved = time.monotonic()
     with track((), "second moments", show=show_progress, unit="token", total=moments.tokens) as bar:
-        bar.update(first.count)
-        for rows in stacked(corpus.token_rows(adapter, moments, skip=rows_done)):
-            _update(adapter, sums, rows.to(adapter.device))
-            rows_done += len(rows)
-            bar.update(rows.numel())
-            if state is not None and time.monotonic() - saved >= save_every:
-                totals = {str(layer): moment.total for layer, moment in sums.items()}
-                moment_files.write(state, totals, header | {"rows": rows_done, "count": first.count})
+        bar.update(tokens)
+        batches = stacked(corpus.token_rows(adapter, moments, skip=rows_done, processes=processes))
+        while together := list(islice(batches, processes.count)):
+            with processes.together():
+                for rows in processes.mine(together):
+                    _update(adapter, sums, rows.to(adapter.device))
+            rows_done += sum(map(len, together))
+            tokens += (read := sum(rows.numel() for rows in together))
+            bar.update(read)
+            if state is not None and processes.agree(time.monotonic() - saved >= save_every):
+                _collect(sums, processes)
+                if processes.is_first:
+                    totals = {str(layer): moment.total for layer, moment in sums.items()}
+                    moment_files.write(state, totals, header | {"rows": rows_done, "count": tokens})
                 saved = time.monotonic()
-    if not first.count:
+    if not tokens:
         raise ValueError(f"moments.source: {moments.source} has no text.")
-    _check_tokens(adapter, layers, first.count, moments)
-    return {layer: moment.compute() for layer, moment in sums.items()}
+    _check_tokens(adapter, layers, tokens, moments)
+    _collect(sums, processes)
+    return {layer: moment.compute() for layer, moment in sums.items()} if processes.is_first else {}
+
+
+def _collect(sums: dict[int, SecondMoment], processes: Processes) -> None:
+    for moment in sums.values():
+        moment.collect(processes)
 
 
 def _restore(sums: dict[int, SecondMoment], state: Path | None, header: dict[str, Any]) -> int:

@@ -4,13 +4,11 @@ import random
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import move_data_to_device
-from torch.utils.data import SequentialSampler
 
 import rect_lightning.data as data_package
 from rect_lightning.data import EditData, EditRequest, RequestError
@@ -76,7 +74,6 @@ def test_loaders(path):
     data = EditData(path, batch_size=4, eval_batch_size=6)
     data.setup()
     train = data.train_dataloader()
-    assert isinstance(train.sampler, SequentialSampler)
     assert train.num_workers == 0
     batches = list(train)
     assert [[request.id for request in batch] for batch in batches] == [list("0123"), list("4567"), list("89")]
@@ -84,17 +81,6 @@ def test_loaders(path):
     for loader in (data.val_dataloader(), data.test_dataloader()):
         assert [len(batch) for batch in loader] == [6, 4]
     assert list(data.predict_dataloader())[1] == ["s6 is", "s7 is", "s8 is", "s9 is"]
-
-
-def test_processes_take_turns_in_order(path):
-    rounds = []
-    for rank in range(2):
-        data = EditData(path, batch_size=2, limit=9)
-        data.setup()
-        data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": rank})
-        rounds.append([[request.id for request in batch] for batch in data.train_dataloader()])
-    assert rounds[0] == [["0", "2"], ["4", "6"], ["8"]]
-    assert rounds[1] == [["1", "3"], ["5", "7"], ["0"]]
 
 
 def test_prompts_as_list_and_as_file(path, tmp_path):

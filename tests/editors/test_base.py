@@ -436,11 +436,13 @@ def test_refuses_to_measure_in_bf16_true(tmp_path, stage):
         getattr(trainer(precision="bf16-true"), stage)(editor, datamodule=facts(tmp_path), verbose=False)
 
 
-def test_refuses_several_processes(tmp_path, monkeypatch):
+def test_refuses_a_strategy_that_may_split_weights(tmp_path, monkeypatch):
     editor = memit(tmp_path)
     monkeypatch.setattr(Trainer, "world_size", property(lambda self: 2))
     monkeypatch.setattr("rect_lightning.editors.locate_then_edit.second_moments", no_moments)
-    with pytest.raises(RuntimeError, match=r"there are 2: set trainer\.devices to 1"):
+    with pytest.raises(
+        RuntimeError, match=r"SingleDeviceStrategy may split over its 2 .*strategy to ddp, or trainer\.devices to 1"
+    ):
         fit(editor, facts(tmp_path))
 
 

@@ -1,0 +1,167 @@
+"""``python -m tests.two_processes FOLDER``: edits under DDP in two processes, which leave ``rank-0.pt`` and ``rank-1.pt``.
+
+What is run is also what `tests/test_processes.py` runs in its own process, to compare.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from rect_lightning.callbacks import RECT
+from rect_lightning.editors import locate_then_edit
+from rect_lightning.processes import Processes
+from rect_lightning.solving import corpus, moments
+from rect_lightning.solving.corpus import Moments
+from rect_lightning.solving.moments import second_moments
+from tests import tiny
+from tests.editors.test_base import PROSE, facts, fit, memit, requests, rome, trainer
+
+DDP = {"strategy": "ddp", "devices": 2}
+LAYERS = [1, 2]
+
+
+@dataclass
+class Pair:
+    """Two rows an item, and one."""
+
+    twice: Tensor
+    once: Tensor
+
+
+def pair(items):
+    return Pair(torch.tensor([[10.0 * i, 10.0 * i + 1] for i in items]).reshape(-1, 1), torch.tensor(items)[:, None])
+
+
+def edits(folder, options):
+    """Edits of every kind: their weights, metrics, samples, and the requests that this process searched for."""
+    found = {}
+    (folder / "prose.txt").write_text(PROSE[:900])
+    prose = str(folder / "prose.txt")
+    for name, make, batch_size in (
+        ("layer", lambda: memit(folder, prose=prose), 3),  # batches of 3 and 1: uneven, and fewer than processes
+        ("operation", lambda: memit(folder, step_per="operation"), 3),
+        ("single", lambda: rome(folder, mode="single"), 1),
+    ):
+        editor, searched, weights = make(), [], []
+        restore, search = editor.restore, locate_then_edit.search_values
+
+        def noting(adapter, tail, rows, *args, searched=searched, search=search, **kwargs):
+            searched += [row.id for row in rows]
+            return search(adapter, tail, rows, *args, **kwargs)
+
+        def before_restoring(editor=editor, weights=weights, restore=restore):
+            weights += [editor.model.weight(n).detach().clone() for n in editor.layers]
+            restore()
+
+        with patch.object(locate_then_edit, "search_values", noting), patch.object(editor, "restore", before_restoring):
+            # a large share, since with fewer entries kept one at the edge may fall on either side
+            run = fit(editor, facts(folder, batch_size=batch_size), RECT(0.95), **options)
+        weights += [editor.model.weight(n).detach().clone() for n in editor.layers]
+        logged = {k: float(v) for k, v in run.callback_metrics.items() if k.startswith(("before/", "after/"))}
+        found[name] = {
+            "weights": weights, "results": editor.results, "samples": editor.measurement.samples, "done": editor.done,
+            "searched": searched, "logged": logged,
+        }  # fmt: skip
+        if name == "layer":
+            [found["predictions"]] = run.predict(
+                editor, datamodule=facts(folder, prompts=["The sport of LeBron James"])
+            )
+    return found
+
+
+def text(folder):
+    path = folder / "text of moments.txt"
+    path.write_text(PROSE)
+    return Moments(source=str(path), tokens=410, context=16)
+
+
+def patched_sizes():
+    return patch.object(moments, "_BATCH_TOKENS", 64), patch.object(corpus, "_SAMPLED_TOGETHER", 8)
+
+
+def passes(folder, processes):
+    """Second moments from text and from samples, and how many tokens this process ran through the model."""
+    found = {}
+    small_batches, small_groups = patched_sizes()
+    with small_batches, small_groups:
+        for name, source in (("text", text(folder)), ("self", Moments(tokens=410, context=16))):
+            adapter, ran = tiny.adapter("llama"), []
+            adapter.blocks[0].register_forward_pre_hook(
+                lambda _m, args, ran=ran: ran.append(args[0].shape[:2].numel()) if args[0].shape[1] > 1 else None
+            )
+            c = second_moments(
+                adapter, LAYERS, source, fingerprint="f", cache=folder / "moments", save_every=0, processes=processes
+            )
+            found[name] = {"moments": c, "tokens": sum(ran)}
+    return found
+
+
+def stopped_pass(folder, processes):
+    """A pass that stops in both processes, with a state saved."""
+    rows = corpus.token_rows
+
+    def some(*args, **kwargs):
+        for number, row in enumerate(rows(*args, **kwargs)):
+            if number == 17:
+                raise KeyboardInterrupt
+            yield row
+
+    small_batches, _ = patched_sizes()
+    with small_batches, patch.object(corpus, "token_rows", some):
+        try:
+            second_moments(
+                tiny.adapter("llama"), LAYERS, text(folder), fingerprint="f", cache=folder / "stopped", save_every=0,
+                processes=processes,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def refusals(folder, processes):
+    """What is told where the processes are handed different requests, and where one of them fails."""
+    told = {}
+    try:
+        trainer(**DDP).fit(memit(folder), DataLoader(requests(), batch_size=2, collate_fn=list))
+    except RuntimeError as error:
+        told["loader"] = str(error)
+
+    def fails(*_args, **_kwargs):
+        raise ValueError("out of luck")
+
+    editor = memit(folder)
+    search = fails if processes.rank == 1 else locate_then_edit.search_values
+    with patch.object(locate_then_edit, "search_values", search):
+        try:
+            fit(editor, facts(folder), **DDP)
+        except (RuntimeError, ValueError) as error:
+            told["failure"] = f"{type(error).__name__}: {error}"
+    told["clean"] = editor.is_clean()
+    return told
+
+
+def main(folder):
+    os.environ["RECT_LIGHTNING_CACHE"] = str(folder / "cache")
+    found = {"edits": edits(folder, DDP)}
+    processes = Processes(rank=int(os.environ["LOCAL_RANK"]), count=2)
+    found["map"] = {n: vars(processes.map(list(range(n)), pair)) for n in range(1, 6)}
+    found["sum"] = processes.sum(torch.tensor([1.0, processes.rank]))
+    found["agree"] = processes.agree(("rank", processes.rank))
+    found["all_have"] = processes.all_have("same"), processes.all_have(processes.rank)
+    found["passes"] = passes(folder, processes)
+    found["stopped"] = stopped_pass(folder, processes)
+    found["refusals"] = refusals(folder, processes)
+    torch.save(found, folder / f"rank-{processes.rank}.pt")
+    processes.agree("done")  # the first one's end is the end of all
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
