@@ -12,7 +12,7 @@ from rect_lightning.parser import reason
         ("--trainer.callbacks.init_args.keep=40", "RECT's keep is a share above 0 and up to 1"),
         ("--model.stregth=2", "Option 'stregth' is not accepted"),
         ("--model.search.steps=many", "Expected a <class 'int'>. Got value: many"),
-        ("--trainer.fast_dev", "expected one argument"),
+        ("--trainer.max_steps", "expected one argument"),
     ],
 )
 def test_a_mistyped_option_is_told_in_a_few_lines(option, told, monkeypatch, capsys, tmp_path):

@@ -6,9 +6,8 @@ import random
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -136,10 +135,6 @@ class EditData(LightningDataModule):
         """Batches of prompts."""
         self.requests  # noqa: B018 - refuses to hand out nothing before setup
         return _batches(self._prompts, self.eval_batch_size)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Hand a batch on as it is: it holds no tensors, and Lightning cannot walk through frozen dataclasses."""
-        return batch
 
     def _read(self) -> list[EditRequest]:
         path = Path(__file__).with_name("facts.jsonl") if self.path == "facts" else self.path

@@ -107,3 +107,7 @@ class EditRequest:
         """The prompt with the subject in place."""
         # Not str.format: a prompt may hold other braces.
         return self.prompt.replace(PLACEHOLDER, self.subject)
+
+    def to(self, *_: object, **__: object) -> EditRequest:
+        """The request itself, which holds no tensors: so that a Trainer can move a batch to a device."""
+        return self

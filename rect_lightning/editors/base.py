@@ -396,10 +396,6 @@ class Editor(LightningModule, ABC):
         with self._full_precision():
             return self.continuations(batch)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Hand a batch on as it is: requests are no tensors."""
-        return batch
-
     def continuations(self, prompts: Sequence[str], *, max_new_tokens: int = 20) -> list[dict[str, str]]:
         """Greedy continuations by the clean and by the edited model."""
         from rect_lightning.metrics import generate

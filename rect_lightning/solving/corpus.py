@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rect_lightning.models.adapter import Adapter
 from rect_lightning.processes import Processes
+from rect_lightning.progress import track
 
 _SAMPLED_TOGETHER = 128  # rows; part of what a sample is, since rounding depends on it
 
@@ -108,6 +109,7 @@ def token_rows(
     *,
     skip: int = 0,
     processes: Processes = Processes(),  # noqa: B008 - frozen
+    show_progress: bool = False,
 ) -> Iterator[Tensor]:
     """The text as rows of token ids, ``[context]`` int64 on the CPU, ``tokens`` in all; the last row may be shorter.
 
@@ -120,9 +122,10 @@ def token_rows(
         moments: The source.
         skip: Rows to leave out at the front; the rest are the same as without. Their text is read all the same.
         processes: The processes that share the sampling; all get all rows.
+        show_progress: Whether to show a bar while the model samples.
     """
     if moments.source == "self":
-        yield from _sampled_rows(adapter, moments, skip=skip, processes=processes)
+        yield from _sampled_rows(adapter, moments, skip=skip, processes=processes, show_progress=show_progress)
         return
     start = _start(adapter)
     stream: list[int] = []
@@ -235,7 +238,9 @@ def _hub_records(moments: Moments) -> Iterator[Any]:
     yield from records
 
 
-def _sampled_rows(adapter: Adapter, moments: Moments, *, skip: int, processes: Processes) -> Iterator[Tensor]:
+def _sampled_rows(
+    adapter: Adapter, moments: Moments, *, skip: int, processes: Processes, show_progress: bool
+) -> Iterator[Tensor]:
     """Rows that the model samples at temperature 1 after its BOS or separator token, which the row includes.
 
     An end of text within a row is not special: the model begins another text.
@@ -250,7 +255,8 @@ def _sampled_rows(adapter: Adapter, moments: Moments, *, skip: int, processes: P
     groups = [draws[begin : begin + _SAMPLED_TOGETHER] for begin in range(done, count, _SAMPLED_TOGETHER)]
     for begin in range(0, len(groups), processes.count):
         together = groups[begin : begin + processes.count]
-        sampled = [_sample(adapter, weights, first, group) for group in processes.mine(together)]
+        mine = processes.mine(together)
+        sampled = [_sample(adapter, weights, first, group, show_progress=show_progress) for group in mine]
         for source, group in enumerate(together):
             rows = sampled[0] if source == processes.rank else torch.empty(group.shape, dtype=torch.long)
             for index, row in enumerate(processes.broadcast(rows, source=source), done):
@@ -268,7 +274,9 @@ def _sampling_weights(adapter: Adapter) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _sample(adapter: Adapter, weights: dict[str, Tensor], first: int, draws: Tensor) -> Tensor:
+def _sample(
+    adapter: Adapter, weights: dict[str, Tensor], first: int, draws: Tensor, *, show_progress: bool = False
+) -> Tensor:
     """Rows ``[rows, context]`` by inverse transform sampling from as many uniform draws, the first one unused.
 
     ``generate`` would take its randomness from the global generator, and draw a number for each word of the vocabulary.
@@ -278,7 +286,8 @@ def _sample(adapter: Adapter, weights: dict[str, Tensor], first: int, draws: Ten
     columns = [torch.full_like(draws[:, :1], first, dtype=torch.long)]
     # a cache that grows is copied at every token
     cache = StaticCache(config=adapter.model.config.get_text_config(), max_cache_len=draws.shape[1])
-    for draw in draws[:, 1:].split(1, dim=1):
+    steps = draws[:, 1:].split(1, dim=1)
+    for draw in track(steps, "sampling text for moments", show=show_progress, unit="column"):
         inputs = {
             "input_ids": columns[-1].to(adapter.device),
             "past_key_values": cache,

@@ -220,7 +220,10 @@ def _pass(
     saved = time.monotonic()
     with track((), "second moments", show=show_progress, unit="token", total=moments.tokens) as bar:
         bar.update(tokens)
-        batches = stacked(corpus.token_rows(adapter, moments, skip=rows_done, processes=processes))
+        rows_left = corpus.token_rows(
+            adapter, moments, skip=rows_done, processes=processes, show_progress=show_progress
+        )
+        batches = stacked(rows_left)
         while together := list(islice(batches, processes.count)):
             with processes.together():
                 for rows in processes.mine(together):
