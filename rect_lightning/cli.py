@@ -4,22 +4,29 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from rect_lightning import reuse
 from rect_lightning.cache import cache_dir
+from rect_lightning.callbacks.running import RunningCheckpoint
 from rect_lightning.callbacks.summary import Summary
+from rect_lightning.checkpoint_io import read_checkpoint
 from rect_lightning.data import EditData
 from rect_lightning.editors import Editor
 from rect_lightning.editors.locate_then_edit import LocateThenEdit
+from rect_lightning.runs import last_checkpoint
 
 _log = logging.getLogger("rect_lightning")
+
+COMMANDS: dict[str, Callable[..., None]] = {"export": reuse.export, "apply": reuse.apply, "revert": reuse.revert}
+"""Commands that need neither data nor a Trainer."""
 
 
 class EditTrainer(Trainer):
@@ -64,13 +71,16 @@ class EditCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "moments": {"model", "datamodule"}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, after giving the names of shipped configurations their paths."""
+        """Parse, after giving the names of shipped configurations their paths; find or refuse the checkpoint."""
         if args is None:
             args = sys.argv[1:]
         if isinstance(args, list):
             self.config = parser.parse_args(with_shipped_configs(args))
         else:
             super().parse_arguments(parser, args)
+        asked = self.config.get(self.config.subcommand, {})
+        if asked.get("ckpt_path"):
+            asked["ckpt_path"] = _checkpoint(str(asked["ckpt_path"]), asked["trainer"])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One pass over the requests, logged at every edit operation."""
@@ -115,6 +125,10 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", message=r".*does not have many workers")
     warnings.filterwarnings("ignore", message=r"The dirpath has changed")  # of course: each run has a folder of its own
     warnings.filterwarnings("ignore", message=r".*LeafSpec", module=r"lightning\.")
+    words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words and words[0] in COMMANDS:
+        _command(words[0], words[1:])
+        return
     EditCLI(
         Editor,
         EditData,
@@ -125,14 +139,46 @@ def main(args: ArgsType = None) -> None:
             "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": None}},
             "callbacks": [
                 ModelCheckpoint(filename="edited", save_last=True),
-                # of a long run there is something to go on from, at the price of a write in ten minutes
-                ModelCheckpoint(filename="running", train_time_interval=timedelta(minutes=10)),
+                RunningCheckpoint(),
                 Summary(),
             ],
         },
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={
+            "epilog": f"Besides: {', '.join(COMMANDS)}, for edited models as folders and patches; `export --help`."
+        },
         args=args,
     )
+
+
+def _command(name: str, args: list[str]) -> None:
+    """Run one of `COMMANDS`, whose required options are positional."""
+    function = COMMANDS[name]
+    description = str(function.__doc__).partition("\n\n    Args:")[0]
+    parser = ArgumentParser(prog=f"rect_lightning {name}", description=description)
+    parser.add_function_arguments(function, as_positional=True, sub_configs=False)
+    function(**parser.parse_args(args))
+
+
+def _checkpoint(asked: str, trainer: Namespace) -> str:
+    """The file that ``--ckpt_path`` means, once it is known to be whole; what is no file is left to Lightning."""
+    if asked == "last":
+        found = last_checkpoint(_run_folders(trainer))
+        _log.info("--ckpt_path last: %s", found)
+        return str(found)
+    if "://" not in asked and ":" not in asked and asked not in ("best", "hpc"):
+        read_checkpoint(asked)
+    return asked
+
+
+def _run_folders(trainer: Namespace) -> list[Path]:
+    """Where the runs of a configuration leave their checkpoints."""
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+    options = [thing.get("init_args", {}) for thing in (*loggers, *callbacks) if isinstance(thing, Namespace)]
+    named = [Path(value) for o in options for value in (o.get("save_dir"), o.get("dirpath")) if value]
+    root = Path(trainer.default_root_dir or ".")
+    return list(dict.fromkeys(named)) or [root / "lightning_logs", root / "checkpoints"]
 
 
 def configs_folder() -> Path:

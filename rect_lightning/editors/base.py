@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from rect_lightning.checkpoint_io import EditCheckpointIO
 from rect_lightning.data.request import EditRequest
 from rect_lightning.editors import checkpoints
 from rect_lightning.editors.measure import Measurement, prose_path, with_perplexity
@@ -86,7 +88,7 @@ class Editor(LightningModule, ABC):
         self.results: dict[str, dict[str, float]] = {"before": {}, "after": {}}
 
     def setup(self, stage: str) -> None:
-        """Refuse what the Trainer asks for and editing cannot honour, before anything is loaded.
+        """Refuse what the Trainer asks for and editing cannot honour, before anything is loaded, and make checkpoints safe.
 
         Raises:
             ValueError: The precision would take the edited weights out of fp32.
@@ -102,6 +104,8 @@ class Editor(LightningModule, ABC):
                 f"An edit operation needs all its requests in one process, and there are {self.trainer.world_size}: set "
                 "trainer.devices to 1."
             )
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's stays
+            self.trainer.strategy.checkpoint_io = EditCheckpointIO()
 
     # The model ---------------------------------------------------------------------------------------------------
 
@@ -371,7 +375,8 @@ class Editor(LightningModule, ABC):
         """Check that the checkpoint is one of this base model and these layers, and go on counting where it stopped.
 
         Raises:
-            ValueError: It is not a whole edit checkpoint, or one of another base model or other layers.
+            ValueError: It is not a whole edit checkpoint, one of another base model or other layers, or a fit cannot go
+                on from it: all its requests are done, or the data are other ones.
         """
         checkpoints.load(self, checkpoint)
 
