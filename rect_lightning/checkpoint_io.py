@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,10 @@ def _read(path: Any, map_location: Any) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # torch has a dozen for a damaged file
-        raise ValueError(f"{path} cannot be read: {_ailment(path)}.{_others(path)}") from error
+        raise ValueError(
+            f"{path} cannot be read: it is truncated or damaged, no checkpoint at all, or holds Python objects besides "
+            f"tensors and plain values, which are never loaded.{_others(path)}"
+        ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY, {}), dict):
         raise ValueError(f"{path} is not a checkpoint of an editor, nor of any Lightning module.{_others(path)}")
     if KEY in checkpoint and checkpoint[KEY].get("sha256") != _digest(checkpoint):
@@ -94,13 +96,6 @@ def _read(path: Any, map_location: Any) -> dict[str, Any]:
             f"{path} is damaged: its content does not have the checksum that was written with it.{_others(path)}"
         )
     return checkpoint
-
-
-def _ailment(path: Any) -> str:
-    """What is wrong with a file that torch refuses."""
-    if "://" not in str(path) and not zipfile.is_zipfile(path):
-        return "it is truncated, damaged, or no checkpoint at all"
-    return "it is damaged, or holds Python objects besides tensors and plain values, and such are never loaded"
 
 
 def _others(path: Any) -> str:

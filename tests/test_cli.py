@@ -2,11 +2,15 @@
 
 import csv
 import json
+import os
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 
 from rect_lightning import cli
 from rect_lightning.cli import main
@@ -203,6 +207,115 @@ def test_a_fast_dev_run_makes_one_operation_and_leaves_nothing(here, capsys):
 def test_limit_train_batches(here):
     main(["fit", "--config", "tiny.yaml", "--trainer.limit_train_batches", "1"])
     assert json.loads((here / "runs" / "version_0" / "provenance.json").read_text())["requests"] == ["a", "b"]
+
+
+# Going on ------------------------------------------------------------------------------------------------------------
+
+
+class CtrlC(Callback):
+    """Stops a run after its first operation."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            raise KeyboardInterrupt
+
+
+def stopped_fit(*arguments):
+    stop = '--trainer.callbacks+={"class_path": "tests.test_cli.CtrlC"}'
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        main(["fit", "--config", "tiny.yaml", *arguments, stop])
+
+
+@pytest.mark.parametrize("where", [[], ["--trainer.logger.save_dir", "elsewhere"]])
+def test_a_stopped_fit_goes_on_from_last(here, where, caplog):
+    main(["fit", "--config", "tiny.yaml", "--trainer.logger.save_dir", "whole"])
+    stopped_fit(*where)
+    root = here / (where or ["", "runs"])[1]
+    assert [p.name for p in (root / "version_0" / "checkpoints").iterdir()] == ["running.ckpt"]
+    main(
+        ["validate", "--config", "tiny.yaml", *where, "--ckpt_path", "last"]
+    )  # leaves a run folder without checkpoints
+    with caplog.at_level("INFO"):
+        main(["fit", "--config", "tiny.yaml", *where, "--ckpt_path", "last"])
+    assert f"--ckpt_path last: {root.relative_to(here)}/version_0/checkpoints/running.ckpt" in caplog.text
+    assert same_weights(checkpoint(here / "whole" / "version_0"), checkpoint(root / "version_2"))
+    for name in ("metrics.json", "samples.json"):
+        assert (here / "whole" / "version_0" / name).read_text() == (root / "version_2" / name).read_text()
+
+
+def same_weights(one, two):
+    one, two = one["state_dict"], two["state_dict"]
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_last_where_there_is_none(here, monkeypatch):
+    monkeypatch.setattr("rect_lightning.models.Source.load", no_model)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint to go on from in .*runs"):
+        main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last"])
+
+
+def test_last_where_the_newest_is_broken(after_fit, tmp_path, monkeypatch):
+    shutil.copytree(after_fit, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setattr("rect_lightning.models.Source.load", no_model)
+    last = Path("runs/version_0/checkpoints/last.ckpt")
+    last.write_bytes(last.read_bytes()[:-5000])
+    os.utime(last.with_name("edited.ckpt"), (1, 1))
+    message = (
+        r"newest checkpoint cannot be used\. \S*last\.ckpt cannot be read.*--ckpt_path runs/version_0/\S*edited\.ckpt"
+    )
+    with pytest.raises(ValueError, match=message):
+        main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last"])
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "no checkpoint some"), (b"hello", "cannot be read")])
+def test_a_bad_checkpoint_is_refused_before_the_model_is_loaded(here, monkeypatch, content, message):
+    monkeypatch.setattr("rect_lightning.models.Source.load", no_model)
+    if content:
+        (here / "some.ckpt").write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=message):
+        main(["fit", "--config", "tiny.yaml", "--ckpt_path", "some.ckpt"])
+
+
+def test_a_finished_run_has_nothing_to_go_on_with(after_fit):
+    with pytest.raises(ValueError, match=r"All requests .* are edited \(4\): there is nothing to go on with"):
+        main(["fit", "--config", "tiny.yaml", "--ckpt_path", "runs/version_0/checkpoints/last.ckpt"])
+
+
+@pytest.mark.parametrize("change", [["--data.batch_size", "1"], ["--data.offset", "1"], ["--data.shuffle", "true"]])
+def test_going_on_with_other_data_is_refused(here, change):
+    stopped_fit()
+    with pytest.raises(ValueError, match=r"has edited a, b in 1 operations .* but the data as configured begin with"):
+        main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last", *change])
+
+
+def test_going_on_with_other_moments_is_refused(here):
+    stopped_fit()
+    with pytest.raises(ValueError, match="second moments are not those of the run"):
+        main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last", "--model.moments.tokens", "700"])
+
+
+def test_going_on_with_another_configuration_is_told(here):
+    stopped_fit()
+    with pytest.warns(UserWarning, match="configuration is not that of the checkpoint: moments_weight, regularisers"):
+        main([
+            "fit", "--config", "tiny.yaml", "--ckpt_path", "last", "--model.moments_weight", "0.2",
+            "--trainer.callbacks.init_args.keep", "0.5", "--model.prose", "null",
+        ])  # fmt: skip
+
+
+def test_a_checkpoint_tells_how_it_was_made(fitted):
+    told = checkpoint(fitted / "runs" / "version_0")["rect_lightning"]
+    config = told["config"]
+    assert config["editor"]["search"]["steps"] == 20
+    assert config["editor"]["moments_weight"] == 0.1
+    assert config["regularisers"] == [
+        {"callback": "rect_lightning.callbacks.rect.RECT", "keep": 0.9, "thresholds": [0.077, 0.171]}
+    ]
+    assert (config["data"]["path"], config["data"]["batch_size"], config["data"]["seed"]) == ("facts.jsonl", 2, 0)
+    assert (config["seed_everything"], config["precision"]) == (0, "32-true")
+    assert told["base"].keys() == {"name", "file", "revision", "sha256", "commit"}
+    assert Path(told["base"]["name"]).is_absolute()
 
 
 # Configurations ------------------------------------------------------------------------------------------------------
