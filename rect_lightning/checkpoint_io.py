@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,9 @@ def _read(path: Any, map_location: Any) -> dict[str, Any]:
     try:
         with files.open(str(path), "rb") as file:
             checkpoint = torch.load(file, map_location=map_location, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch has a dozen for a damaged file
+    except Exception as error:  # torch has a dozen for a damaged file, a seek to nowhere among them
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise ValueError(
             f"{path} cannot be read: it is truncated or damaged, no checkpoint at all, or holds Python objects besides "
             f"tensors and plain values, which are never loaded.{_others(path)}"

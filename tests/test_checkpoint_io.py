@@ -58,7 +58,7 @@ def test_a_digest_tells_values_types_and_structure_apart():
 
 def test_a_flipped_bit_is_refused_or_of_no_consequence(path):
     whole, content = path.read_bytes(), a_checkpoint()
-    rng, refused = random.Random(0), 0
+    rng, refused, total = random.Random(0), 0, 0
     for at in range(0, len(whole), 7):
         broken = bytearray(whole)
         broken[at] ^= 1 << rng.randrange(8)
@@ -66,10 +66,11 @@ def test_a_flipped_bit_is_refused_or_of_no_consequence(path):
         try:
             assert same(content, read_checkpoint(path)), at
         except ValueError as error:
-            assert str(path) in str(error)
-            assert "\n" not in str(error)
-            refused += 1
-    assert refused > 100
+            refused += str(path) in str(error) and "\n" not in str(error)
+        else:
+            continue
+        total += 1
+    assert refused == total > 100
 
 
 def test_a_flipped_weight_which_torch_would_load_is_refused(path):
@@ -84,7 +85,7 @@ def test_a_flipped_weight_which_torch_would_load_is_refused(path):
 def test_a_truncated_file_is_refused_with_its_neighbours_named(path):
     whole = path.read_bytes()
     (path.parent / "older.ckpt").write_bytes(whole)
-    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+    for length in range(0, len(whole), 31):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"some\.ckpt cannot be read: it is truncated.*Beside it: older\.ckpt"):
             EditCheckpointIO().load_checkpoint(path)
