@@ -82,6 +82,11 @@ class EditCLI(LightningCLI):
         if asked.get("ckpt_path"):
             asked["ckpt_path"] = _checkpoint(str(asked["ckpt_path"]), asked["trainer"])
 
+    def after_fit(self) -> None:
+        """Measure, where a resumed run had only that left to do."""
+        if self.model.operations and not self.model.results["after"]:
+            self.trainer.validate(self.model, datamodule=self.datamodule)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One pass over the requests, logged at every edit operation."""
         parser.set_defaults(

@@ -272,4 +272,4 @@ def _write(
         told = [patch.provenance | {"before": patch.base, "after": patch.result} for patch in stack]
         edits = told or ([provenance] if provenance else [])
         (folder / "provenance.json").write_text(json.dumps(edits, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    _log.info("Model: %s, %s patches.", to, len(stack))
+    _log.info("Model: %s, patches: %s.", to, len(stack))

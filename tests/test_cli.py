@@ -175,6 +175,21 @@ def test_predict_shows_the_continuations(after_fit, capsys):
     assert "French" in prediction["before"] + prediction["after"]
 
 
+def test_predict_needs_a_checkpoint_and_prompts_alone(fitted, tmp_path, monkeypatch):
+    """From an empty directory, with neither the facts nor the text of the run."""
+    settle(tmp_path, monkeypatch)
+    (tmp_path / "my_prompts.txt").write_text("The sport of LeBron James\n\nThe capital of Spain\n")
+    run = fitted / "runs" / "version_0"
+    main([
+        "predict", "--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt"),
+        "--data.prompts", "my_prompts.txt", "--model.prose", "null",
+    ])  # fmt: skip
+    found = json.loads((tmp_path / "runs" / "version_0" / "predictions.json").read_text())
+    assert [prediction["prompt"] for prediction in found] == ["The sport of LeBron James", "The capital of Spain"]
+    assert found[0]["after"].startswith(" French")
+    assert not found[0]["before"].startswith(" French")
+
+
 def test_moments_are_computed_ahead(here, monkeypatch):
     main(["moments", "--config", "tiny.yaml"])
     files = {path.name for path in (here / "cache" / "moments").rglob("*.safetensors")}
@@ -255,12 +270,13 @@ def test_last_where_there_is_none(here, monkeypatch):
 
 
 def test_last_where_the_newest_is_broken(after_fit, tmp_path, monkeypatch):
-    shutil.copytree(after_fit, tmp_path / "copy")
+    shutil.copytree(after_fit / "runs" / "version_0", tmp_path / "copy" / "runs" / "version_0")
+    furnish(tmp_path / "copy", after_fit)
     monkeypatch.chdir(tmp_path / "copy")
     monkeypatch.setattr("rect_lightning.models.Source.load", no_model)
     last = Path("runs/version_0/checkpoints/last.ckpt")
     last.write_bytes(last.read_bytes()[:-5000])
-    os.utime(last.with_name("edited.ckpt"), (1, 1))
+    os.utime(last.with_name("running.ckpt"), (1, 1))
     message = (
         r"newest checkpoint cannot be used\. \S*last\.ckpt cannot be read.*--ckpt_path runs/version_0/\S*edited\.ckpt"
     )
@@ -277,9 +293,22 @@ def test_a_bad_checkpoint_is_refused_before_the_model_is_loaded(here, monkeypatc
         main(["fit", "--config", "tiny.yaml", "--ckpt_path", "some.ckpt"])
 
 
-def test_a_finished_run_has_nothing_to_go_on_with(after_fit):
-    with pytest.raises(ValueError, match=r"All requests .* are edited \(4\): there is nothing to go on with"):
+def test_a_finished_run_is_measured(after_fit):
+    with pytest.warns(UserWarning, match=r"All requests .* are edited \(4\), there is nothing to go on with"):
         main(["fit", "--config", "tiny.yaml", "--ckpt_path", "runs/version_0/checkpoints/last.ckpt"])
+    run, first = newest(after_fit), after_fit / "runs" / "version_0"
+    assert (run / "metrics.json").read_text() == (first / "metrics.json").read_text()
+
+
+def test_a_run_that_was_stopped_while_measuring_goes_on(here, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("rect_lightning.editors.measure.evaluate", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(["fit", "--config", "tiny.yaml"])
+    main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last"])
+    results = json.loads((here / "runs" / "version_1" / "metrics.json").read_text())
+    assert results["after"]["efficacy/exact"] == 1
+    assert (here / "runs" / "version_1" / "checkpoints" / "last.ckpt").is_file()
 
 
 @pytest.mark.parametrize("change", [["--data.batch_size", "1"], ["--data.offset", "1"], ["--data.shuffle", "true"]])

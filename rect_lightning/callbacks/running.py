@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class RunningCheckpoint(ModelCheckpoint):
-    """Write ``running.ckpt`` between edit operations, from time to time and when a run is broken off.
+    """Write ``running.ckpt`` between edit operations: from time to time, before measuring, and when a run is broken off.
 
     Lightning's ``ModelCheckpoint`` ignores its own ``train_time_interval`` under manual optimisation.
 
@@ -37,9 +37,14 @@ class RunningCheckpoint(ModelCheckpoint):
         if time.monotonic() - self._saved >= self.seconds:
             self._save(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save before a fit measures, which may take long."""
+        if trainer.state.fn == "fit" and trainer.global_step > self._step:
+            self._save(trainer)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what was done until a failure or Ctrl-C; where that fails too, the first error is the one to be told."""
-        if trainer.training and trainer.global_step > self._step:
+        if trainer.state.fn == "fit" and trainer.global_step > self._step:
             with contextlib.suppress(Exception):
                 self._save(trainer)
 

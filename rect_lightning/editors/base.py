@@ -375,8 +375,8 @@ class Editor(LightningModule, ABC):
         """Check that the checkpoint is one of this base model and these layers, and go on counting where it stopped.
 
         Raises:
-            ValueError: It is not a whole edit checkpoint, one of another base model or other layers, or a fit cannot go
-                on from it: all its requests are done, or the data are other ones.
+            ValueError: It is not a whole edit checkpoint, one of another base model or other layers, or a fit would go on
+                from it with other data.
         """
         checkpoints.load(self, checkpoint)
 

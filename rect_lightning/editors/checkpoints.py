@@ -32,8 +32,8 @@ def load(editor: Editor, checkpoint: dict[str, Any]) -> None:
     """Check that a checkpoint is one of this base model and these layers, and go on counting where it stopped.
 
     Raises:
-        ValueError: It is not a whole edit checkpoint, one of another base model or other layers, or a fit cannot go on
-            from it: all its requests are done, or the data are other ones.
+        ValueError: It is not a whole edit checkpoint, one of another base model or other layers, or a fit would go on
+            from it with other data.
     """
     told = checkpoint.get(KEY)
     if told is None:
@@ -99,13 +99,13 @@ def _config(editor: Editor) -> dict[str, Any]:
 
 
 def _check_continuation(editor: Editor, checkpoint: dict[str, Any]) -> None:
-    """Refuse to go on where nothing is left to do or with other requests, and tell of another configuration."""
+    """Refuse to go on with other requests; tell where nothing is left to do, or of another configuration."""
     told, trainer, loop = checkpoint[KEY], editor.trainer, checkpoint["loops"]["fit_loop"]
     epochs = loop["epoch_progress"]["current"]["processed"]
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
-        raise ValueError(
-            f"All requests of this checkpoint's run are edited ({len(told['requests'])}): there is nothing to go on with. "
-            "`validate` measures it; to edit more, export it and take the folder as the base model."
+        rank_zero_warn(
+            f"All requests of this checkpoint's run are edited ({len(told['requests'])}), there is nothing to go on with. To "
+            "edit more, export it and take the folder as the base model."
         )
     data: Any = getattr(trainer, "datamodule", None)
     handed_out = sum(state.get("handed_out", 0) for state in loop["state_dict"].get("combined_loader", []))
