@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -288,6 +289,16 @@ def test_a_folder_that_was_changed_since_is_refused(made, here):
         revert(here / "1", here / "back")
     with pytest.raises(ValueError, match="changed since"):
         apply(here / "two.safetensors", here / "12", on=str(here / "1"))
+
+
+def test_a_revert_that_would_not_give_the_base_back_is_refused(made, here):
+    folder, _ = made
+    export(folder / "one.ckpt", here / "1")
+    path = here / "1" / "patches" / "001.safetensors"
+    replace(Patch.load(path), base="0" * 64).save(path)
+    with pytest.raises(ValueError, match=r"did not give back weights 0{12}; nothing was written"):
+        revert(here / "1", here / "back")
+    assert not (here / "back").exists()
 
 
 def test_what_was_never_patched_cannot_be_reverted(made, here):
