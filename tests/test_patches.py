@@ -149,7 +149,7 @@ def test_stacked_patches_add_where_they_meet_and_are_exact_where_they_do_not():
     two = {name: changed(w, 0.4, 2) for name, w in one.items()}  # made on one
     third = {name: changed(w, 0.4, 3) for name, w in base.items()}  # made on the base
     third = {
-        name: torch.where(w != base[name], 1e3 * w + 7, w) for name, w in third.items()
+        name: torch.where(w != base[name], 1e-3 * w, w) for name, w in third.items()
     }  # so far that sums are rounded
 
     def patch(old, new):
