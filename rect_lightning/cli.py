@@ -4,24 +4,30 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
+from rect_lightning import reuse
 from rect_lightning.cache import cache_dir
+from rect_lightning.callbacks.running import RunningCheckpoint
 from rect_lightning.callbacks.summary import Summary
 from rect_lightning.data import EditData
 from rect_lightning.editors import Editor
 from rect_lightning.editors.locate_then_edit import LocateThenEdit
 from rect_lightning.parser import EditParser, reason
+from rect_lightning.runs import checkpoint_file
 
 _log = logging.getLogger("rect_lightning")
+
+COMMANDS: dict[str, Callable[..., None]] = {"export": reuse.export, "apply": reuse.apply, "revert": reuse.revert}
+"""Commands that need neither data nor a Trainer."""
 
 
 class EditTrainer(Trainer):
@@ -75,13 +81,21 @@ class EditCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "moments": {"model", "datamodule"}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, after giving the names of shipped configurations their paths."""
+        """Parse, after giving the names of shipped configurations their paths; find or refuse the checkpoint."""
         if args is None:
             args = sys.argv[1:]
         if isinstance(args, list):
             self.config = parser.parse_args(with_shipped_configs(args))
         else:
             super().parse_arguments(parser, args)
+        asked = self.config.get(self.config.subcommand, {})
+        if asked.get("ckpt_path"):
+            asked["ckpt_path"] = checkpoint_file(str(asked["ckpt_path"]), asked["trainer"])
+
+    def after_fit(self) -> None:
+        """Measure, where a resumed run had only that left to do."""
+        if self.model.operations and not self.model.results["after"]:
+            self.trainer.validate(self.model, datamodule=self.datamodule)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One pass over the requests, logged at every edit operation."""
@@ -132,6 +146,10 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", message=r".*LeafSpec", module=r"lightning\.")
     # a checkpoint is of whole operations, as it should be
     warnings.filterwarnings("ignore", message=r"Using ModelCheckpoint with manual optimization")
+    words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words and words[0] in COMMANDS:
+        _command(words[0], words[1:])
+        return
     EditCLI(
         Editor,
         EditData,
@@ -147,16 +165,25 @@ def main(args: ArgsType = None) -> None:
             "callbacks": [
                 # no version counter: in a folder that is used again, `edited` belongs to the rest of what lies there
                 ModelCheckpoint(filename="edited", save_last=True, enable_version_counter=False),
-                # of a long run there is something to go on from, at the price of a write in ten minutes
-                ModelCheckpoint(
-                    filename="running", train_time_interval=timedelta(minutes=10), enable_version_counter=False
-                ),
+                RunningCheckpoint(),
                 Summary(),
             ],
         },
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={
+            "epilog": f"Besides: {', '.join(COMMANDS)}, for edited models as folders and patches; `export --help`."
+        },
         args=args,
     )
+
+
+def _command(name: str, args: list[str]) -> None:
+    """Run one of `COMMANDS`, whose required options are positional."""
+    function = COMMANDS[name]
+    description = str(function.__doc__).partition("\n\n    Args:")[0]
+    parser = ArgumentParser(prog=f"rect_lightning {name}", description=description)
+    parser.add_function_arguments(function, as_positional=True, sub_configs=False)
+    function(**parser.parse_args(args))
 
 
 def configs_folder() -> Path:

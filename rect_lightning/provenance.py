@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import platform
 from importlib import metadata
+from typing import Any
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
     packages = ("rect_lightning", "torch", "lightning", "transformers", "tokenizers")
     return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def options(made: object) -> dict[str, Any]:
+    """The constructor's options of an object that keeps them under their own names, in plain values."""
+    constructors = [vars(cls)["__init__"] for cls in type(made).__mro__ if "__init__" in vars(cls)]
+    names = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+    return {name: _plain(getattr(made, name)) for name in sorted(names - {"self"}) if name in vars(made)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _version(package: str) -> str:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 
 from rect_lightning import cli
 from rect_lightning.cli import main
@@ -175,6 +177,21 @@ def test_predict_shows_the_continuations(after_fit, capsys):
     assert "French" in prediction["before"] + prediction["after"]
 
 
+def test_predict_needs_a_checkpoint_and_prompts_alone(fitted, tmp_path, monkeypatch):
+    """From an empty directory, with neither the facts nor the text of the run."""
+    settle(tmp_path, monkeypatch)
+    (tmp_path / "my_prompts.txt").write_text("The sport of LeBron James\n\nThe capital of Spain\n")
+    run = fitted / "runs" / "version_0"
+    main([
+        "predict", "--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt"),
+        "--data.prompts", "my_prompts.txt", "--model.prose", "null",
+    ])  # fmt: skip
+    found = json.loads((tmp_path / "runs" / "version_0" / "predictions.json").read_text())
+    assert [prediction["prompt"] for prediction in found] == ["The sport of LeBron James", "The capital of Spain"]
+    assert found[0]["after"].startswith(" French")
+    assert not found[0]["before"].startswith(" French")
+
+
 def test_moments_are_computed_ahead(here, monkeypatch):
     main(["moments", "--config", "tiny.yaml"])
     files = {path.name for path in (here / "cache" / "moments").rglob("*.safetensors")}
@@ -273,6 +290,129 @@ def test_two_processes_leave_the_run_folder_of_one(here, fitted):
     weights = [checkpoint(folder)["state_dict"] for folder in (one, two)]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, atol=1e-5, rtol=0)
+
+
+# Going on ------------------------------------------------------------------------------------------------------------
+
+
+class CtrlC(Callback):
+    """Stops a run after its first operation."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            raise KeyboardInterrupt
+
+
+def stopped_fit(*arguments):
+    stop = '--trainer.callbacks+={"class_path": "tests.test_cli.CtrlC"}'
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        main(["fit", "--config", "tiny.yaml", *arguments, stop])
+
+
+@pytest.mark.parametrize("where", [[], ["--trainer.logger.save_dir", "elsewhere"]])
+def test_a_stopped_fit_goes_on_from_last(here, where, caplog):
+    main(["fit", "--config", "tiny.yaml", "--trainer.logger.save_dir", "whole"])
+    stopped_fit(*where)
+    root = here / (where or ["", "runs"])[1]
+    assert [p.name for p in (root / "version_0" / "checkpoints").iterdir()] == ["running.ckpt"]
+    main(
+        ["validate", "--config", "tiny.yaml", *where, "--ckpt_path", "last"]
+    )  # leaves a run folder without checkpoints
+    with caplog.at_level("INFO"):
+        main(["fit", "--config", "tiny.yaml", *where, "--ckpt_path", "last"])
+    assert f"--ckpt_path last: {root.relative_to(here)}/version_0/checkpoints/running.ckpt" in caplog.text
+    assert same_weights(checkpoint(here / "whole" / "version_0"), checkpoint(root / "version_2"))
+    for name in ("metrics.json", "samples.json"):
+        assert (here / "whole" / "version_0" / name).read_text() == (root / "version_2" / name).read_text()
+
+
+def same_weights(one, two):
+    one, two = one["state_dict"], two["state_dict"]
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_last_where_there_is_none(here, monkeypatch):
+    monkeypatch.setattr("rect_lightning.models.Source.load", no_model)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint to go on from in .*runs"):
+        main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last"])
+
+
+def test_last_where_the_newest_is_broken(after_fit, tmp_path, monkeypatch):
+    shutil.copytree(after_fit / "runs" / "version_0", tmp_path / "copy" / "runs" / "version_0")
+    furnish(tmp_path / "copy", after_fit)
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setattr("rect_lightning.models.Source.load", no_model)
+    last = Path("runs/version_0/checkpoints/last.ckpt")
+    last.write_bytes(last.read_bytes()[:-5000])
+    os.utime(last.with_name("running.ckpt"), (1, 1))
+    message = (
+        r"newest checkpoint cannot be used\. \S*last\.ckpt cannot be read.*--ckpt_path runs/version_0/\S*edited\.ckpt"
+    )
+    with pytest.raises(ValueError, match=message):
+        main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last"])
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "no checkpoint some"), (b"hello", "cannot be read")])
+def test_a_bad_checkpoint_is_refused_before_the_model_is_loaded(here, monkeypatch, content, message):
+    monkeypatch.setattr("rect_lightning.models.Source.load", no_model)
+    if content:
+        (here / "some.ckpt").write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=message):
+        main(["fit", "--config", "tiny.yaml", "--ckpt_path", "some.ckpt"])
+
+
+def test_a_finished_run_is_measured(after_fit):
+    with pytest.warns(UserWarning, match=r"All requests .* are edited \(4\), there is nothing to go on with"):
+        main(["fit", "--config", "tiny.yaml", "--ckpt_path", "runs/version_0/checkpoints/last.ckpt"])
+    run, first = newest(after_fit), after_fit / "runs" / "version_0"
+    assert (run / "metrics.json").read_text() == (first / "metrics.json").read_text()
+
+
+def test_a_run_that_was_stopped_while_measuring_goes_on(here, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("rect_lightning.editors.measure.evaluate", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(["fit", "--config", "tiny.yaml"])
+    main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last"])
+    results = json.loads((here / "runs" / "version_1" / "metrics.json").read_text())
+    assert results["after"]["efficacy/exact"] == 1
+    assert (here / "runs" / "version_1" / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("change", [["--data.batch_size", "1"], ["--data.offset", "1"], ["--data.shuffle", "true"]])
+def test_going_on_with_other_data_is_refused(here, change):
+    stopped_fit()
+    with pytest.raises(ValueError, match=r"has edited a, b in 1 operations .* but the data as configured begin with"):
+        main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last", *change])
+
+
+def test_going_on_with_other_moments_is_refused(here):
+    stopped_fit()
+    with pytest.raises(ValueError, match="second moments are not those of the run"):
+        main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last", "--model.moments.tokens", "700"])
+
+
+def test_going_on_with_another_configuration_is_told(here):
+    stopped_fit()
+    with pytest.warns(UserWarning, match="configuration is not that of the checkpoint: moments_weight, regularisers"):
+        main([
+            "fit", "--config", "tiny.yaml", "--ckpt_path", "last", "--model.moments_weight", "0.2",
+            "--trainer.callbacks.init_args.keep", "0.5", "--model.prose", "null",
+        ])  # fmt: skip
+
+
+def test_a_checkpoint_tells_how_it_was_made(fitted):
+    told = checkpoint(fitted / "runs" / "version_0")["rect_lightning"]
+    config = told["config"]
+    assert config["editor"]["search"]["steps"] == 20
+    assert config["editor"]["moments_weight"] == 0.1
+    assert config["regularisers"] == [
+        {"callback": "rect_lightning.callbacks.rect.RECT", "keep": 0.9, "thresholds": [0.077, 0.171]}
+    ]
+    assert (config["data"]["path"], config["data"]["batch_size"], config["data"]["seed"]) == ("facts.jsonl", 2, 0)
+    assert (config["seed_everything"], config["precision"]) == (0, "32-true")
+    assert told["base"].keys() == {"name", "file", "revision", "sha256", "commit"}
+    assert Path(told["base"]["name"]).is_absolute()
 
 
 # Configurations ------------------------------------------------------------------------------------------------------

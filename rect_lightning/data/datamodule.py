@@ -96,24 +96,28 @@ class EditData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Read the data once, in one process: this fills the hub's cache and refuses bad data first of all."""
-        self._read()
+        if self.prompts is None or not getattr(self.trainer, "predicting", False):
+            self._read()
 
     def setup(self, stage: str | None = None) -> None:
         """Read and select the requests, in every process.
 
         Args:
-            stage: Ignored, all stages see the same requests.
+            stage: All see the same requests; predict reads none if it has prompts.
 
         Raises:
             RequestError: If anything in the data is wrong.
             FileNotFoundError: If a file is not there.
             ValueError: If offset and limit ask for more requests than there are.
         """
+        if stage == "predict" and self.prompts is not None:
+            self._prompts = self._read_prompts()
+            return
         if self._requests:
             return
         selected = self._select(self._read())
         warn_of_conflicts(selected)
-        self._prompts = self._read_prompts() or [request.text for request in selected]
+        self._prompts = self._read_prompts()
         self._requests = selected
 
     def train_dataloader(self) -> DataLoader:
@@ -133,8 +137,7 @@ class EditData(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Batches of prompts."""
-        self.requests  # noqa: B018 - refuses to hand out nothing before setup
-        return _batches(self._prompts, self.eval_batch_size)
+        return _batches(self._prompts or [request.text for request in self.requests], self.eval_batch_size)
 
     def _read(self) -> list[EditRequest]:
         path = Path(__file__).with_name("facts.jsonl") if self.path == "facts" else self.path

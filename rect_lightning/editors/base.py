@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from rect_lightning.checkpoint_io import EditCheckpointIO
 from rect_lightning.data.request import EditRequest
 from rect_lightning.editors import checkpoints
 from rect_lightning.editors.measure import Measurement, prose_path, with_perplexity
@@ -88,7 +90,7 @@ class Editor(LightningModule, ABC):
         self.results: dict[str, dict[str, float]] = {"before": {}, "after": {}}
 
     def setup(self, stage: str) -> None:
-        """Refuse what the Trainer asks for and editing cannot honour, before anything is loaded.
+        """Refuse what the Trainer asks for and editing cannot honour, before anything is loaded, and make checkpoints safe.
 
         Raises:
             ValueError: The precision would take the edited weights out of fp32.
@@ -104,6 +106,8 @@ class Editor(LightningModule, ABC):
                 f"An update is computed from whole weights, which {type(self.trainer.strategy).__name__} may split over its "
                 f"{self.trainer.world_size} processes: set trainer.strategy to ddp, or trainer.devices to 1."
             )
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's stays
+            self.trainer.strategy.checkpoint_io = EditCheckpointIO()
 
     # The model ---------------------------------------------------------------------------------------------------
 
@@ -415,7 +419,8 @@ class Editor(LightningModule, ABC):
         """Check that the checkpoint is one of this base model and these layers, and go on counting where it stopped.
 
         Raises:
-            ValueError: It is not a whole edit checkpoint, or one of another base model or other layers.
+            ValueError: It is not a whole edit checkpoint, one of another base model or other layers, or a fit would go on
+                from it with other data.
         """
         checkpoints.load(self, checkpoint)
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rect_lightning.provenance import versions
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+
+from rect_lightning.checkpoint_io import KEY
+from rect_lightning.provenance import options, versions
 
 if TYPE_CHECKING:
     from rect_lightning.editors.base import Editor
@@ -18,16 +25,17 @@ def save(editor: Editor, checkpoint: dict[str, Any]) -> None:
     _rewind(checkpoint, editor.operations - editor.trainer.current_epoch * editor.trainer.num_training_batches)
     names = {weight_name(editor, layer) for layer in editor.layers}
     checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name in names}
-    checkpoint["rect_lightning"] = editor.provenance()
+    checkpoint[KEY] = editor.provenance()
 
 
 def load(editor: Editor, checkpoint: dict[str, Any]) -> None:
     """Check that a checkpoint is one of this base model and these layers, and go on counting where it stopped.
 
     Raises:
-        ValueError: It is not a whole edit checkpoint, or one of another base model or other layers.
+        ValueError: It is not a whole edit checkpoint, one of another base model or other layers, or a fit would go on
+            from it with other data.
     """
-    told = checkpoint.get("rect_lightning")
+    told = checkpoint.get(KEY)
     if told is None:
         raise ValueError("This checkpoint is not one of an editor: it names no base model.")
     if told["fingerprint"] != editor.fingerprint:
@@ -40,6 +48,8 @@ def load(editor: Editor, checkpoint: dict[str, Any]) -> None:
     missing = {weight_name(editor, layer) for layer in editor.layers} - checkpoint["state_dict"].keys()
     if missing:
         raise ValueError(f"This checkpoint lacks edited weights: {', '.join(sorted(missing))}. It cannot be loaded.")
+    if editor._trainer is not None and editor.trainer.state.fn == "fit":
+        _check_continuation(editor, checkpoint)
     editor.operations, editor.done = told["operations"], list(told["requests"])
 
 
@@ -50,10 +60,14 @@ def weight_name(editor: Editor, layer: int) -> str:
 
 def provenance(editor: Editor) -> dict[str, Any]:
     """What the edited weights come from, in plain values."""
-    base = editor.base
+    base = dataclasses.asdict(editor.base)
+    if Path(base["name"]).expanduser().exists():
+        base["name"] = str(Path(base["name"]).expanduser().resolve())  # to be found from elsewhere
+    # of a hub model, what "main" was when it was loaded
+    base["commit"] = getattr(editor.network.config, "_commit_hash", None)
     return {
         "editor": type(editor).__name__,
-        "base": {"name": base.name, "file": base.file, "revision": base.revision},
+        "base": base,
         "fingerprint": editor.fingerprint,
         "layers": editor.layers,
         "mode": editor.mode,
@@ -61,8 +75,60 @@ def provenance(editor: Editor) -> dict[str, Any]:
         "strength": editor.strength,
         "operations": editor.operations,
         "requests": editor.done,
+        "config": _config(editor),
         "versions": versions(),
     }
+
+
+def _config(editor: Editor) -> dict[str, Any]:
+    """The options of what decides the edits: editor, regularisers, data, seed."""
+    trainer = editor._trainer
+    data = getattr(trainer, "datamodule", None)
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return {
+        "editor": {name: value for name, value in options(editor).items() if name != "base"},
+        "regularisers": [
+            {"callback": f"{type(callback).__module__}.{type(callback).__qualname__}", **options(callback)}
+            for callback in getattr(trainer, "callbacks", [])
+            if type(callback).on_before_optimizer_step is not Callback.on_before_optimizer_step
+        ],
+        "data": {} if data is None else options(data),
+        "precision": None if trainer is None else str(trainer.precision),
+        "seed_everything": None if seed is None else int(seed),
+    }
+
+
+def _check_continuation(editor: Editor, checkpoint: dict[str, Any]) -> None:
+    """Refuse to go on with other requests; tell where nothing is left to do, or of another configuration."""
+    told, trainer, loop = checkpoint[KEY], editor.trainer, checkpoint["loops"]["fit_loop"]
+    epochs = loop["epoch_progress"]["current"]["processed"]
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
+        rank_zero_warn(
+            f"All requests of this checkpoint's run are edited ({len(told['requests'])}), there is nothing to go on with. To "
+            "edit more, export it and take the folder as the base model."
+        )
+    data: Any = getattr(trainer, "datamodule", None)
+    handed_out = sum(state.get("handed_out", 0) for state in loop["state_dict"].get("combined_loader", []))
+    if handed_out and hasattr(data, "batch_size"):
+        begin = [request.id for request in data.requests[: handed_out * data.batch_size]]
+        if begin != told["requests"][-len(begin) :]:
+            raise ValueError(
+                f"This checkpoint has edited {_some(told['requests'])} in {handed_out} operations of this pass, but the data "
+                f"as configured begin with {_some(begin)}. Go on with the same data, order and batch_size."
+            )
+    was, now = told["config"], _config(editor)
+    differ = [key for key in ("precision", "regularisers") if was[key] != now[key]]
+    names = (was["editor"].keys() | now["editor"].keys()) - {"prose", "statistics"}
+    differ += [key for key in names if was["editor"].get(key) != now["editor"].get(key)]
+    if differ:
+        rank_zero_warn(
+            f"The configuration is not that of the checkpoint: {', '.join(sorted(differ))}. The operations to come follow "
+            "the new one, so the result is not that of an uninterrupted run."
+        )
+
+
+def _some(ids: list[str]) -> str:
+    return ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")
 
 
 def _rewind(checkpoint: dict[str, Any], operations: float) -> None:

@@ -1,5 +1,6 @@
 """What ROME, MEMIT and their kin share: a target value for each request, keys over prefixes, and the moments."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from rect_lightning.cache import cache_dir
 from rect_lightning.data.request import EditRequest
 from rect_lightning.editors.base import Editor
+from rect_lightning.models.fingerprint import tensor_digest
 from rect_lightning.solving.blocks import Tail
 from rect_lightning.solving.keys import SubjectStates, subject_states
 from rect_lightning.solving.moments import Moments, second_moments
@@ -46,6 +48,8 @@ class LocateThenEdit(Editor):
         self.search, self.prefixes, self.moments = search, prefixes, moments
         self.templates: tuple[str, ...] = ()
         self.factors: dict[int, Factored] = {}
+        self.moments_digest: str | None = None
+        self._moments_before: str | None = None  # those of the run that is resumed
         self.tail: Tail | None = None
         self._ahead: dict[EditRequest, TargetValues] = {}
 
@@ -53,6 +57,7 @@ class LocateThenEdit(Editor):
         """Edit this model; what was computed for another one is forgotten."""
         super().attach(network, tokenizer)
         self.templates, self.factors, self.tail, self._ahead = (), {}, None, {}
+        self.moments_digest = self._moments_before = None
 
     def prepare(self) -> None:
         """Prefixes, the factored moments of each layer, and the part of the model that the search runs."""
@@ -63,7 +68,11 @@ class LocateThenEdit(Editor):
         self.tail = Tail(self.model, self.layers[-1], torch.bfloat16 if bf16 else torch.float32)
 
     def prepare_moments(self) -> None:
-        """Load the moments or estimate them, and factor them; they are cached, so this is slow once."""
+        """Load the moments or estimate them, and factor them; they are cached, so this is slow once.
+
+        Raises:
+            ValueError: A resumed run had others.
+        """
         if self.moments is not None and not self.factors:
             found = second_moments(
                 self.model,
@@ -74,7 +83,15 @@ class LocateThenEdit(Editor):
                 show_progress=self.show_progress,
                 processes=self.processes,
             )
+            digests = [tensor_digest(str(layer), c) for layer, c in sorted(found.items())]
+            self.moments_digest = hashlib.sha256(b"".join(digests)).hexdigest()
             self.factors = {layer: Factored(c, f"The second moment of layer {layer}") for layer, c in found.items()}
+        if self._moments_before is not None and self._moments_before != self.moments_digest:
+            raise ValueError(
+                "The second moments are not those of the run that the checkpoint is of, so going on would not give what "
+                f"an uninterrupted run gives. Configure the same `moments`, and bring {cache_dir() / 'moments'} along from "
+                "the machine that computed them. To go on with others, export the checkpoint and edit that folder."
+            )
 
     def on_fit_end(self) -> None:
         """Let go of the search's copy of the model."""
@@ -135,11 +152,12 @@ class LocateThenEdit(Editor):
         return torch.einsum("rtk,t->rk", keys, weights.to(keys)), states
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the prefixes too, so that a resumed run uses the same ones."""
+        """Keep the prefixes too, so that a resumed run uses the same ones, and which moments were used."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["rect_lightning"]["templates"] = list(self.templates)
+        checkpoint["rect_lightning"] |= {"templates": list(self.templates), "moments_digest": self.moments_digest}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the prefixes up again."""
         super().on_load_checkpoint(checkpoint)
         self.templates = tuple(checkpoint["rect_lightning"]["templates"])
+        self._moments_before = checkpoint["rect_lightning"]["moments_digest"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +34,34 @@ def weights_fingerprint(model: nn.Module) -> str:
         if names.setdefault(id(tensor), name) == name:
             tensors[name] = tensor
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the GIL
-        digests = list(pool.map(_digest, tensors.keys(), tensors.values()))
+        digests = list(pool.map(tensor_digest, tensors.keys(), tensors.values()))
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _digest(name: str, tensor: Tensor) -> bytes:
+def tensor_digest(name: str, tensor: Tensor) -> bytes:
+    """The SHA-256 of one tensor with its name, dtype and shape."""
     header = json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode()
     # Viewed as bytes because NumPy knows no bfloat16.
     values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     digest = hashlib.sha256(header)
     digest.update(values)
     return digest.digest()
+
+
+def content_digest(content: Any) -> str:
+    """The SHA-256 of nested dicts and lists of tensors and plain values, in order, as 64 hex digits."""
+    digest = hashlib.sha256()
+    _feed(digest, content)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(tensor_digest("", value))
+    elif isinstance(value, dict | list | tuple):
+        items = [*value.items()] if isinstance(value, dict) else value
+        digest.update(f"{type(value).__name__}({len(items)}:".encode())
+        for item in items:
+            _feed(digest, item)
+    else:
+        digest.update(f"{type(value).__name__}:{value!r};".encode())

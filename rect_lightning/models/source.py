@@ -72,10 +72,23 @@ class Source:
     def load(self, *, dtype: torch.dtype = torch.float32) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         """Load the model, frozen, in eval mode and with dropout off for good, and its tokenizer.
 
+        Args:
+            dtype: The weights' dtype. Edited weights should stay float32, whatever the Trainer's precision.
+
+        Raises:
+            OSError, ValueError, ImportError, RuntimeError: See `pretrained`.
+        """
+        model, tokenizer = self.pretrained(dtype=dtype)
+        disable_dropout(model)
+        return model.eval().requires_grad_(False), tokenizer
+
+    def pretrained(self, *, dtype: torch.dtype = torch.float32) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """The model, as transformers loads it, and its tokenizer.
+
         A GGUF file is dequantised to float32 and kept in the cache as a plain folder, so this is slow once.
 
         Args:
-            dtype: The weights' dtype. Edited weights should stay float32, whatever the Trainer's precision.
+            dtype: The weights' dtype.
 
         Raises:
             FileNotFoundError: A file or folder is not where it was said to be.
@@ -95,8 +108,7 @@ class Source:
             if folder is not None:
                 raise
             raise _not_on_hub(self, error) from error
-        disable_dropout(model)
-        return model.eval().requires_grad_(False), tokenizer
+        return model, tokenizer
 
     def folder(self) -> Path | None:
         """The local Hugging Face folder of the model, converted first where need be; None for a plain hub name."""

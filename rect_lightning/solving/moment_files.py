@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rect_lightning.durable import whole_file
 from rect_lightning.models.adapter import Adapter
 
 _FORMAT = "rect_lightning.second_moments.v1"
@@ -20,15 +20,8 @@ _FORMAT = "rect_lightning.second_moments.v1"
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Write tensors and a header, so that the file is either whole or as it was before."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with whole_file(path) as partial:
         save_file(tensors, partial, metadata={"format": _FORMAT, "header": json.dumps(header, sort_keys=True)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

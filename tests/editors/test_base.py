@@ -12,6 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rect_lightning.callbacks import RECT
+from rect_lightning.checkpoint_io import EditCheckpointIO
 from rect_lightning.data import EditData, EditRequest
 from rect_lightning.editors import MEMIT, ROME
 from rect_lightning.models import Source
@@ -559,7 +560,7 @@ def test_a_checkpoint_without_the_edited_weights_is_refused(tmp_path, edited, da
     names = list(checkpoint["state_dict"])
     for name in names if damage == "all missing" else names[:1]:
         del checkpoint["state_dict"][name]
-    torch.save(checkpoint, path)
+    EditCheckpointIO().save_checkpoint(checkpoint, path)
     with pytest.raises((ValueError, RuntimeError), match=r"down_proj"):
         trainer().validate(memit(tmp_path), datamodule=data, ckpt_path=path, verbose=False)
 

@@ -94,8 +94,8 @@ def test_tied_weights_are_hashed_once(monkeypatch):
     import rect_lightning.models.fingerprint as module
 
     hashed = []
-    digest = module._digest
-    monkeypatch.setattr(module, "_digest", lambda name, tensor: (hashed.append(name), digest(name, tensor))[1])
+    digest = module.tensor_digest
+    monkeypatch.setattr(module, "tensor_digest", lambda name, tensor: (hashed.append(name), digest(name, tensor))[1])
     weights_fingerprint(Tied())
     assert sorted(hashed) == ["embed.weight", "norm.bias", "norm.weight"]
     hashed.clear()

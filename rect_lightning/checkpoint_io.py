@@ -1,0 +1,106 @@
+"""How checkpoints of editors get to the disk and back: whole, checked, and without executing anything."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
+
+from rect_lightning.durable import PARTIAL, whole_file
+from rect_lightning.models.fingerprint import content_digest
+
+KEY = "rect_lightning"
+"""Where a checkpoint tells what it is the edit of."""
+
+
+class EditCheckpointIO(TorchCheckpointIO):
+    """Lightning's own way of keeping checkpoints, made safe.
+
+    A checkpoint is written beside its place and takes it in one step, so a reader finds the old or the new one, and the
+    old one stays if the disk is full. An editor's carries the SHA-256 of its content, which loading checks: torch's
+    reader does not check the sums that its archives hold. Loading never unpickles objects, whatever it is asked.
+
+    Paths that are not local go through fsspec, as Lightning does it. Other modules' checkpoints are kept unchanged.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: The disk is full; the file that was there stays.
+        """
+        if KEY in checkpoint:
+            checkpoint = checkpoint | {KEY: checkpoint[KEY] | {"sha256": _digest(checkpoint)}}
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        for left in path.parent.glob(f"*{path.suffix}{PARTIAL}"):
+            left.unlink(missing_ok=True)  # by a writer that was killed: a run writes its checkpoints one after another
+        with whole_file(path) as partial, partial.open("wb") as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(
+        self,
+        path: Any,
+        map_location: Any = "cpu",
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint, an editor's or another module's.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is truncated, damaged, or holds other than tensors and plain values.
+        """
+        return _read(path, map_location)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read an editor's checkpoint.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is truncated, damaged or foreign.
+    """
+    checkpoint = _read(path, "cpu")
+    if KEY not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of an editor: it names no base model.{_others(path)}")
+    return checkpoint
+
+
+def _digest(checkpoint: dict[str, Any]) -> str:
+    return content_digest(checkpoint | {KEY: {k: v for k, v in checkpoint[KEY].items() if k != "sha256"}})
+
+
+def _read(path: Any, map_location: Any) -> dict[str, Any]:
+    files = get_filesystem(path)
+    if not files.exists(str(path)):
+        raise FileNotFoundError(f"There is no checkpoint {path}.{_others(path)}")
+    try:
+        with files.open(str(path), "rb") as file:
+            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch has a dozen for a damaged file, a seek to nowhere among them
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise ValueError(
+            f"{path} cannot be read: it is truncated or damaged, no checkpoint at all, or holds Python objects besides "
+            f"tensors and plain values, which are never loaded.{_others(path)}"
+        ) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY, {}), dict):
+        raise ValueError(f"{path} is not a checkpoint of an editor, nor of any Lightning module.{_others(path)}")
+    if KEY in checkpoint and checkpoint[KEY].get("sha256") != _digest(checkpoint):
+        raise ValueError(
+            f"{path} is damaged: its content does not have the checksum that was written with it.{_others(path)}"
+        )
+    return checkpoint
+
+
+def _others(path: Any) -> str:
+    """The other checkpoints beside one that cannot be used."""
+    path = Path(path)
+    names = sorted(other.name for other in path.parent.glob("*.ckpt") if other != path)
+    return f" Beside it: {', '.join(names)}." if names else ""
