@@ -50,7 +50,7 @@ def run(name: str, variant: list[str], args: argparse.Namespace) -> dict:
     if not results.exists():
         config, *options = variant
         texts = ["--model.moments.source", args.moments, "--model.moments.tokens", str(args.tokens)]
-        texts += ["--model.moments.context", "256", "--model.prose", args.prose]
+        texts += ["--model.moments.context", "512", "--model.prose", args.prose]
         log = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(folder)]
         command = [sys.executable, "-m", "rect_lightning", "fit", "--config", config, "--data.path", args.counterfact]
         start = time.perf_counter()
