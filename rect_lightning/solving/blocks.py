@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rect_lightning.models.adapter import Adapter
 from rect_lightning.solving.batching import Batch
+from rect_lightning.solving.packed import can_pack, pack
 
 
 class _Stop(Exception):
@@ -147,7 +148,7 @@ class _Prefix:
 class Tail:
     """The blocks after a layer, the final norm and the head, in a precision of their own.
 
-    In the model's precision these are the model's own modules, else a frozen copy, made once.
+    In another precision, or where weights can be packed, these are a frozen copy, made once, else the model's own modules.
 
     Args:
         adapter: The model.
@@ -157,10 +158,11 @@ class Tail:
 
     def __init__(self, adapter: Adapter, layer: int, dtype: torch.dtype) -> None:
         parts = [*list(adapter.blocks)[layer + 1 :], adapter.norm, adapter.head]
-        if dtype != next(adapter.norm.parameters()).dtype:
+        packed = can_pack(parts, dtype)
+        if packed or dtype != next(adapter.norm.parameters()).dtype:
             with plain_attention(adapter):  # a copy's configuration is a copy as well and stays like this
                 # one by one: two copies of the whole tail in full precision would be more than the search saves
-                parts = [copy.deepcopy(part).to(dtype) for part in parts]
+                parts = [_frozen(part, dtype, packed=packed) for part in parts]
         self.adapter, self.layer, self.dtype = adapter, layer, dtype
         self.blocks: list[nn.Module] = parts[:-2]
         self.norm, self.head = parts[-2:]
@@ -211,6 +213,14 @@ class Tail:
             return x
         # a mask's fp32 minimum would become -inf, and a padded column's softmax nan
         return x.clamp(min=torch.finfo(self.dtype).min).to(self.dtype)
+
+
+def _frozen(part: nn.Module, dtype: torch.dtype, *, packed: bool) -> nn.Module:
+    """A copy of a part in a precision, whose tensors are the part's own where that is theirs already."""
+    tensors = [*part.parameters(), *part.buffers()]
+    own: dict[int, Any] = {id(x): x for x in tensors if x.dtype == dtype or not x.is_floating_point()}
+    copied = copy.deepcopy(part, own).to(dtype)
+    return pack(copied) if packed else copied
 
 
 def select_rows(calls: Sequence[Call], rows: Tensor, count: int) -> list[Call]:

@@ -110,11 +110,23 @@ def test_rows_selected_twice(family):
     torch.testing.assert_close(some, whole[[1, 3]], rtol=1e-4, atol=1e-5)
 
 
-def test_a_tail_in_the_models_precision_is_the_models_own(tiny):
+def test_a_tail_that_cannot_be_packed_is_the_models_own(tiny, monkeypatch):
+    monkeypatch.setattr("rect_lightning.solving.blocks.can_pack", lambda *_: False)
     tail = Tail(tiny, 1, torch.float32)
     assert [id(b) for b in tail.blocks] == [id(b) for b in list(tiny.blocks)[2:]]
     assert tail.norm is tiny.norm
     assert tail.head is tiny.head
+
+
+def test_a_tail_in_the_models_precision_shares_what_is_not_packed(tiny):
+    before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
+    tail = Tail(tiny, 1, torch.float32)
+    own = {id(parameter) for parameter in tiny.model.parameters()}
+    kept = [parameter for part in (*tail.blocks, tail.norm, tail.head) for parameter in part.parameters()]
+    assert kept
+    assert all(id(parameter) in own for parameter in kept)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.model.state_dict().items())
+    assert tiny.model.config._attn_implementation == "sdpa"
 
 
 def test_a_tail_in_another_precision_is_a_copy(tiny):
