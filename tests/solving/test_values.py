@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -297,7 +298,8 @@ def test_nothing_is_left_behind_by_an_error(tiny, passes):
             raise RuntimeError("out of memory")
 
     tail = fp32_tail(tiny)
-    handle = tiny.blocks[0 if passes == 0 else LAYER + 1].mlp.register_forward_hook(fail)
+    block: Any = tiny.blocks[0] if passes == 0 else tail.blocks[0]
+    handle = block.mlp.register_forward_hook(fail)
     before = state_of(tiny.model)
     with pytest.raises(RuntimeError, match="out of memory"):
         search_values(tiny, tail, rows_of(tiny), replace(SEARCH, steps=20))
