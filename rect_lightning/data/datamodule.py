@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: the command line reads the types of the constructor.
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -116,6 +117,7 @@ class EditData(LightningDataModule):
         if self._requests:
             return
         selected = self._select(self._read())
+        _check_ids(selected, str(self.path))
         warn_of_conflicts(selected)
         self._prompts = self._read_prompts()
         self._requests = selected
@@ -166,6 +168,17 @@ class EditData(LightningDataModule):
         if not prompts:
             raise RequestError("no prompts; give at least one, or null for the requests' own", where="prompts")
         return prompts
+
+
+def _check_ids(requests: list[EditRequest], where: str) -> None:
+    twice = [id for id, count in Counter(request.id for request in requests).items() if count > 1]
+    if twice:
+        names = ", ".join(twice[:5])
+        raise RequestError(
+            f"given more than once: {names}; requests are told apart by their ids: give each its own, or none at all",
+            field="id",
+            where=where,
+        )
 
 
 class _Batches(DataLoader):

@@ -206,3 +206,12 @@ def test_requests_are_left_as_they_are_on_their_way_to_a_device(path):
     data.setup()
     moved = move_data_to_device(data.requests, torch.device("meta"))
     assert all(got is sent for got, sent in zip(moved, data.requests, strict=True))
+
+
+def test_ids_that_are_given_twice_are_refused(tmp_path):
+    path = tmp_path / "twice.jsonl"
+    lines = [{"id": i, "subject": f"S{n}", "prompt": "{} is", "target_new": "x"} for n, i in enumerate("aba")]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RequestError, match=r"twice\.jsonl: id: given more than once: a;"):
+        EditData(path).setup()
+    EditData(path, limit=2).setup()
