@@ -57,6 +57,11 @@ class Processes:
         names = [part.name for part in fields(found)]
         return type(found)(**{name: self._gather(getattr(found, name), len(items)) for name in names})
 
+    def gather(self, share: Sequence[T]) -> list[T]:
+        """What the processes made of their shares (see `mine`), any objects that can be pickled, in the items' order."""
+        shares: Any = self._tell(list(share))
+        return [part[i] for i in range(len(shares[0])) for part in shares if i < len(part)]
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """What fails inside in one process fails in all, so that none waits for it in vain; no process may ask others inside.

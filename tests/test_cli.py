@@ -112,7 +112,8 @@ def test_fit_leaves_a_run_folder(fitted):
     run = fitted / "runs" / "version_0"
     files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert files >= {
-        "config.yaml", "metrics.csv", "metrics.json", "samples.json", "provenance.json", "checkpoints/edited.ckpt",
+        "config.yaml", "metrics.csv", "metrics.json", "requests.json", "samples.json",
+        "provenance.json", "checkpoints/edited.ckpt",
     }  # fmt: skip
     results = json.loads((run / "metrics.json").read_text())
     assert results.keys() == {"before", "after"}
@@ -123,6 +124,10 @@ def test_fit_leaves_a_run_folder(fitted):
     assert told["requests"] == ["a", "b", "c", "d"]
     assert told["operations"] == 2
     assert told == {k: v for k, v in checkpoint(run)["rect_lightning"].items() if k in told}
+    each = json.loads((run / "requests.json").read_text())
+    for when in ("before", "after"):
+        of_each = [request[when]["efficacy/token"] for request in each]
+        assert sum(of_each) / len(of_each) == pytest.approx(results[when]["efficacy/token"])
     samples = json.loads((run / "samples.json").read_text())
     assert len(samples) == 4
     assert samples[1]["request"] == "The sport of LeBron James → French"
@@ -285,6 +290,8 @@ def test_two_processes_leave_the_run_folder_of_one(here, fitted):
     results = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
     for when in ("before", "after"):
         assert results[0][when] == pytest.approx(results[1][when], rel=1e-4)
+    each = [[request["id"] for request in json.loads((f / "requests.json").read_text())] for f in (one, two)]
+    assert each[0] == each[1] == ["a", "b", "c", "d"]
     for name in ("samples.json", "provenance.json"):
         assert (one / name).read_text() == (two / name).read_text()
     weights = [checkpoint(folder)["state_dict"] for folder in (one, two)]
@@ -322,7 +329,7 @@ def test_a_stopped_fit_goes_on_from_last(here, where, caplog):
         main(["fit", "--config", "tiny.yaml", *where, "--ckpt_path", "last"])
     assert f"--ckpt_path last: {root.relative_to(here)}/version_0/checkpoints/running.ckpt" in caplog.text
     assert same_weights(checkpoint(here / "whole" / "version_0"), checkpoint(root / "version_2"))
-    for name in ("metrics.json", "samples.json"):
+    for name in ("metrics.json", "requests.json", "samples.json"):
         assert (here / "whole" / "version_0" / name).read_text() == (root / "version_2" / name).read_text()
 
 

@@ -13,8 +13,8 @@ from rich.text import Text
 class Summary(Callback):
     """After a run print the metrics before and after and a few raw continuations, and write them to the run folder.
 
-    ``metrics.json`` holds ``{"before": {name: value}, "after": {name: value}}``, ``samples.json`` the continuations and
-    ``provenance.json`` what the edited weights come from.
+    ``metrics.json`` holds ``{"before": {name: value}, "after": {name: value}}``, ``requests.json`` the same of
+    each request, ``samples.json`` the continuations and ``provenance.json`` what the edited weights come from.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -68,7 +68,12 @@ class Summary(Callback):
             return
         samples = pl_module.measurement.samples
         if folder is not None:
-            files = {"metrics.json": results, "samples.json": samples, "provenance.json": pl_module.provenance()}
+            files = {
+                "metrics.json": results,
+                "requests.json": pl_module.measurement.requests,
+                "samples.json": samples,
+                "provenance.json": pl_module.provenance(),
+            }
             self._write(Path(folder), files)
         console = Console()
         console.print(metrics_table(results))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rect_lightning.data.request import EditRequest
-from rect_lightning.metrics import EditMetrics, evaluate, perplexity
+from rect_lightning.metrics import EditMetrics, evaluate, perplexity, request_metrics
 
 if TYPE_CHECKING:
     from rect_lightning.editors.base import Editor
@@ -26,6 +26,7 @@ class Measurement:
     def __init__(self, samples: int = 5) -> None:
         self.before, self.after = EditMetrics(), EditMetrics()
         self.samples: list[dict[str, str]] = []
+        self.requests: list[dict[str, Any]] = []
         self._wanted = samples
 
     def add(self, editor: Editor, requests: Sequence[EditRequest]) -> None:
@@ -37,6 +38,10 @@ class Measurement:
             after = evaluate(editor.model, mine, show_progress=editor.show_progress)
         self.before.to(editor.device).update(clean, clean)
         self.after.to(editor.device).update(after, clean)
+        each = zip(mine, request_metrics(clean, clean), request_metrics(after, clean), strict=True)
+        self.requests += editor.processes.gather(
+            [{"id": r.id, "text": r.text, "target_new": r.target_new, "before": b, "after": a} for r, b, a in each]
+        )
         shown = requests[: self._wanted - len(self.samples)]
         if shown and editor.processes.is_first:
             self.samples += [

@@ -1,7 +1,7 @@
 """Measuring edits: how likely targets are, whether edits took and what they cost."""
 
 from rect_lightning.metrics.definitions import DEFINITIONS
-from rect_lightning.metrics.editing import EditMetrics, Pair, RequestScores, check_requests, evaluate
+from rect_lightning.metrics.editing import EditMetrics, Pair, RequestScores, check_requests, evaluate, request_metrics
 from rect_lightning.metrics.generation import begins_with, generate, generated_exact, generation_entropy
 from rect_lightning.metrics.perplexity import perplexity
 from rect_lightning.metrics.scoring import TargetScore, score_targets
@@ -19,5 +19,6 @@ __all__ = [
     "generated_exact",
     "generation_entropy",
     "perplexity",
+    "request_metrics",
     "score_targets",
 ]

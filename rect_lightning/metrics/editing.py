@@ -151,6 +151,17 @@ class EditMetrics(Metric):
         return _edit_metrics_compute(self.total, self.count)
 
 
+def request_metrics(
+    after: Sequence[RequestScores], clean: Sequence[RequestScores] | None = None
+) -> list[dict[str, float]]:
+    """The values of `EditMetrics` for each request alone: which edits took and which did not."""
+    found = []
+    for i, scores in enumerate(after):
+        values = _edit_metrics_compute(*_edit_metrics_update([scores], None if clean is None else [clean[i]]))
+        found.append({name: float(value) for name, value in values.items()})
+    return found
+
+
 def _edit_metrics_update(
     after: Sequence[RequestScores], clean: Sequence[RequestScores] | None
 ) -> tuple[Tensor, Tensor]:
