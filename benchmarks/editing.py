@@ -27,6 +27,7 @@ COLUMNS = {
 BF16 = ["--trainer.precision", "bf16-mixed"]
 NONE = ["--trainer.callbacks", "null"]
 END = ["--model.step_per", "operation"]
+C512 = ["--model.moments.context", "512"]
 SELF = ["--model.moments.source", "self", "--model.moments.context", "128", "--model.moments.tokens"]
 MEMIT = ["memit_smollm2.yaml", "--data.limit", "100", "--data.batch_size", "100"]
 ROME = ["rome_smollm2.yaml", "--data.limit", "100", *BF16]
@@ -35,6 +36,9 @@ VARIANTS = {
     "MEMIT, search in bf16": [*MEMIT, *NONE, *BF16],
     "MEMIT + RECT 40, layer by layer": MEMIT,
     "MEMIT + RECT 40, at the end": [*MEMIT, *END],
+    "MEMIT, C from contexts of 512": [*MEMIT, *NONE, *C512],
+    "MEMIT + RECT 40, layer by layer, C from contexts of 512": [*MEMIT, *C512],
+    "MEMIT + RECT 40, at the end, C from contexts of 512": [*MEMIT, *END, *C512],
     "MEMIT, C from 10 k self-sampled tokens": [*MEMIT, *NONE, *BF16, *SELF, "10000"],
     "MEMIT, C from 20 k self-sampled tokens": [*MEMIT, *NONE, *BF16, *SELF, "20000"],
     "ROME": [*ROME, *NONE],
@@ -50,7 +54,7 @@ def run(name: str, variant: list[str], args: argparse.Namespace) -> dict:
     if not results.exists():
         config, *options = variant
         texts = ["--model.moments.source", args.moments, "--model.moments.tokens", str(args.tokens)]
-        texts += ["--model.moments.context", "512", "--model.prose", args.prose]
+        texts += ["--model.moments.context", "256", "--model.prose", args.prose]
         log = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(folder)]
         command = [sys.executable, "-m", "rect_lightning", "fit", "--config", config, "--data.path", args.counterfact]
         start = time.perf_counter()
