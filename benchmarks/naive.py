@@ -1,4 +1,4 @@
-"""The target value search as public code runs it, to compare with: one request at a time through the whole model."""
+"""The target value search and the metrics as public code runs them, to compare with: one after the other, the whole model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rect_lightning.models import Adapter
+from rect_lightning.models.encoding import encode
 from rect_lightning.solving.batching import pad
 from rect_lightning.solving.values import SearchRows, ValueSearch
 
@@ -60,3 +61,14 @@ def _one(adapter: Adapter, layer: int, request: SearchRows, search: ValueSearch)
     finally:
         handle.remove()
     return offset.detach()
+
+
+@torch.no_grad()
+def naive_scores(adapter: Adapter, prompts: Sequence[str], targets: Sequence[str]) -> list[float]:
+    """The mean log-probability of each target after its prompt: a forward pass for each, all logits."""
+    found = []
+    for row in encode(adapter.tokenizer, prompts, targets):
+        log_probs = adapter.model(torch.tensor([row.ids], device=adapter.device)).logits.log_softmax(-1)
+        places = range(row.target - 1, len(row.ids) - 1)
+        found.append(float(log_probs[0, list(places), list(row.target_ids)].mean()))
+    return found

@@ -24,10 +24,10 @@ import torch
 import yaml
 
 from benchmarks.machine import description, matrix_speed, memory_speed, peak_memory, timed
-from benchmarks.naive import naive_search
+from benchmarks.naive import naive_scores, naive_search
 from rect_lightning.cli import configs_folder
 from rect_lightning.data import EditRequest, read_requests
-from rect_lightning.metrics import evaluate
+from rect_lightning.metrics import evaluate, score_targets
 from rect_lightning.models import Adapter, Source, adapter_for
 from rect_lightning.solving.blocks import Tail, ending_at
 from rect_lightning.solving.corpus import Moments, token_rows
@@ -186,6 +186,27 @@ def against_naive(adapter: Adapter, layer: int, requests: list[EditRequest]) -> 
     return lines
 
 
+def metrics_against_naive(adapter: Adapter, requests: list[EditRequest]) -> list[str]:
+    """The scores of the same prompts, one forward pass each and in batches."""
+    asked = [
+        (prompt, target)
+        for request in requests
+        for prompt in (request.text, *request.paraphrases, *(n.prompt for n in request.neighbours))
+        for target in (request.target_new, request.target_true or request.target_new)
+    ]
+    prompts, targets = [prompt for prompt, _ in asked], [target for _, target in asked]
+    naive, expected = once(lambda: naive_scores(adapter, prompts, targets))
+    seconds, found = once(lambda: score_targets(adapter, prompts, targets))
+    worst = max(abs(score.log_prob - one) for score, one in zip(found, expected, strict=True))
+    return [
+        "",
+        f"| metrics of {len(requests)} requests, {len(asked)} answers | seconds | speed-up | largest difference |",
+        "|---|---|---|---|",
+        f"| one at a time | {naive:.2f} | 1 | |",
+        f"| in batches | {seconds:.2f} | {naive / seconds:.1f} | {worst:.0e} |",
+    ]
+
+
 def growth(folder: str | None, layer: int, requests: list[EditRequest], counts: list[int]) -> list[str]:
     """Seconds and memory of the search, by the number of requests; each in a process of its own."""
     lines = [
@@ -269,6 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     if args.naive:
         lines += against_naive(adapter, args.layers[-1], requests[: args.naive])
+        lines += metrics_against_naive(adapter, requests[: args.naive])
     lines += growth(args.model, args.layers[-1], requests, args.growth)
     lines += widths(adapter, machine, args.widths)
     text = "\n".join(lines) + "\n"

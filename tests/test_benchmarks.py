@@ -27,6 +27,8 @@ def test_speed_writes_its_tables(folder, tmp_path, monkeypatch):
     text = out.read_text()
     for phase in ("prefixes", "search, fp32", "search, bf16", "keys", "moments", "solve", "RECT", "metrics"):
         assert f"| {phase}" in text
+    (differences,) = [float(line.split("|")[-2]) for line in text.splitlines() if line.startswith("| in batches")]
+    assert differences < 1e-4, "the metrics in batches are not those of one prompt at a time"
     cosines = [float(line.split("|")[-2]) for line in text.splitlines() if line.startswith("| together, fp32")]
     assert cosines == [pytest.approx(1, abs=1e-4)], "the fast search does not find what the naive one does"
 
