@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
 from rect_lightning import reuse
@@ -72,6 +72,16 @@ class EditTrainer(Trainer):
         rank_zero_info("The second moments of layers %s are in %s.", model.layers, cache_dir() / "moments")
 
 
+class SaveConfig(SaveConfigCallback):
+    """Lightning's, without the checkpoint that a run began with: what reads the file means this run, not that one."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: Any, **kwargs: Any) -> None:
+        config = config.clone()
+        if "ckpt_path" in config:
+            config["ckpt_path"] = None
+        super().__init__(parser, config, *args, **kwargs)
+
+
 class EditCLI(LightningCLI):
     """LightningCLI with the package's configurations, and a run folder with all that a run leaves."""
 
@@ -116,13 +126,18 @@ def run() -> None:
     """The command: `main`, with what this package refuses told in a line and not as a traceback."""
     _log.addHandler(logging.StreamHandler())
     _log.setLevel(logging.INFO)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
     try:
         main()
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         if not _is_refusal(error):
             raise
         sys.exit("\n".join([f"{type(error).__name__}: {reason(str(error))}", *getattr(error, "__notes__", [])]))
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of Lightning's is more than advice on other products, or a default that is not in force here."""
+    return not any(words in record.getMessage() for words in ("litlogger", "litmodels", "`weights_only` was not set"))
 
 
 def _is_refusal(error: BaseException) -> bool:
@@ -169,9 +184,12 @@ def main(args: ArgsType = None) -> None:
                 Summary(),
             ],
         },
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
-            "epilog": f"Besides: {', '.join(COMMANDS)}, for edited models as folders and patches; `export --help`."
+            "prog": "python -m rect_lightning",
+            "description": "Edit language models, and measure what the edits did and what they harmed.",
+            "epilog": f"Besides: {', '.join(COMMANDS)}, for edited models as folders and patches; `export --help`.",
         },
         args=args,
     )

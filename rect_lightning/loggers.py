@@ -1,5 +1,7 @@
 """Where a run's files go."""
 
+import atexit
+import contextlib
 import os
 
 from lightning.pytorch.loggers import CSVLogger
@@ -21,9 +23,16 @@ class RunFolder(CSVLogger):
             os.makedirs(self.root_dir, exist_ok=True)
             while self._version is None:
                 version = self._get_next_version()
+                folder = os.path.join(self.root_dir, f"version_{version}")
                 try:
-                    os.mkdir(os.path.join(self.root_dir, f"version_{version}"))
+                    os.mkdir(folder)
                 except FileExistsError:
                     continue  # another run was faster
+                atexit.register(_remove_if_empty, folder)  # of a run that was refused before it began
                 self._version = version
         return self._version
+
+
+def _remove_if_empty(folder: str) -> None:
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)

@@ -14,7 +14,10 @@ class EditParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong, and end the process with status 2."""
-        sys.stderr.write(f"error: {reason(message)}\nSee --help, or --print_config for every option and its value.\n")
+        besides = f"{self.epilog}\n" if self.epilog and "subcommand" in message else ""
+        sys.stderr.write(
+            f"error: {reason(message)}\n{besides}See --help, or --print_config for every option and its value.\n"
+        )
         raise SystemExit(2) from ex
 
 

@@ -222,7 +222,7 @@ def test_a_fit_prints_before_and_after(here, capsys):
 
 def test_a_fast_dev_run_makes_one_operation_and_leaves_nothing(here, capsys):
     main(["fit", "--config", "tiny.yaml", "--trainer.fast_dev_run", "true"])
-    assert "Before and after the edits" in capsys.readouterr().out
+    assert "2 edits by MEMIT in 1 operation, sequential, with RECT" in capsys.readouterr().out
     assert not (here / "runs").exists()
     assert not (here / "checkpoints").exists()
 
@@ -282,7 +282,7 @@ def test_two_processes_leave_the_run_folder_of_one(here, fitted):
         env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("Before and after the edits") == 1
+    assert run.stdout.count("4 edits by MEMIT in 2 operations") == 1
     assert [path.name for path in (here / "runs").iterdir()] == ["version_0"]
     one, two = fitted / "runs" / "version_0", here / "runs" / "version_0"
     files = [{path.relative_to(folder) for path in folder.rglob("*")} for folder in (one, two)]
@@ -329,6 +329,8 @@ def test_a_stopped_fit_goes_on_from_last(here, where, caplog):
         main(["fit", "--config", "tiny.yaml", *where, "--ckpt_path", "last"])
     assert f"--ckpt_path last: {root.relative_to(here)}/version_0/checkpoints/running.ckpt" in caplog.text
     assert same_weights(checkpoint(here / "whole" / "version_0"), checkpoint(root / "version_2"))
+    config = yaml.safe_load((root / "version_2" / "config.yaml").read_text())
+    assert config["ckpt_path"] is None, "the run's configuration would mean the checkpoint that it began with"
     for name in ("metrics.json", "requests.json", "samples.json"):
         assert (here / "whole" / "version_0" / name).read_text() == (root / "version_2" / name).read_text()
 

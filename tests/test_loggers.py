@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
+from rect_lightning import loggers as module
 from rect_lightning.loggers import RunFolder
 
 
@@ -36,3 +41,16 @@ def test_a_version_that_is_named_may_exist(tmp_path):
         logger.log_metrics({"a": 1.0})
         logger.save()
     assert (tmp_path / "version_0" / "metrics.csv").read_text().splitlines() == ["a,step", "1.0,0"]
+
+
+def test_a_folder_that_stays_empty_goes(tmp_path):
+    script = (
+        "from rect_lightning.loggers import RunFolder; import sys; print(RunFolder(sys.argv[1], name=None).version)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[1])}
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, check=True
+        )
+        assert run.stdout.strip() == b"0"
+        assert not list(tmp_path.iterdir())

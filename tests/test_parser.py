@@ -33,3 +33,12 @@ def test_a_message_of_another_kind_stays_whole():
     assert (
         reason("Key:\n  - Not a valid subclass of X\n    - one\n    - two\n  - 3 is no int") == "Key:\n  - 3 is no int"
     )
+
+
+def test_a_wrong_command_is_told_all_there_are(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["rect_lightning", "exprt"])
+    with pytest.raises(SystemExit):
+        cli.run()
+    error = capsys.readouterr().err
+    for command in ("fit", "predict", "moments", "export", "apply", "revert"):
+        assert command in error

@@ -1,6 +1,8 @@
 """What a user reads after a run, and the files it leaves."""
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from rect_lightning.callbacks.regulariser import Regulariser
 
 
 class Summary(Callback):
@@ -76,21 +80,38 @@ class Summary(Callback):
             }
             self._write(Path(folder), files)
         console = Console()
-        console.print(metrics_table(results))
+        console.print(metrics_table(results, requests_of(pl_module.measurement.requests), title(trainer, pl_module)))
         console.print(samples_table(samples))
         if folder is not None:
             console.print(f"Run folder: {folder}", soft_wrap=True)
 
 
-def metrics_table(results: dict[str, dict[str, float]]) -> Table:
-    """Each metric before and after."""
-    table = Table(title="Before and after the edits")
+def title(trainer: Trainer, pl_module: Any) -> str:
+    """What was done: "32 edits by MEMIT in 1 operation, with RECT"."""
+    edits, operations = len(pl_module.done), pl_module.operations
+    regularisers = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, Regulariser)]  # type: ignore[attr-defined]
+    done = f"{edits} edit{'s' * (edits != 1)} by {type(pl_module).__name__}"
+    made = f"in {operations} operation{'s' * (operations != 1)}, {pl_module.mode}"
+    return f"{done} {made}" + (f", with {', '.join(regularisers)}" if regularisers else "")
+
+
+def requests_of(each: list[dict[str, Any]]) -> Counter[str]:
+    """How many requests each metric is the mean of; the score is a mean of means."""
+    return Counter(name for request in each for name in request["after"] if not name.startswith("score/"))
+
+
+def metrics_table(results: dict[str, dict[str, float]], requests: Mapping[str, int], title: str) -> Table:
+    """Each metric before and after, and the number of requests that it is the mean of."""
+    table = Table(title=title)
     table.add_column("metric")
-    for column in ("before", "after"):
+    for column in ("before", "after", "requests"):
         table.add_column(column, justify="right")
     for name, after in results["after"].items():
         before = results["before"].get(name)
-        table.add_row(name, "" if before is None else f"{before:.3f}", f"{after:.3f}")
+        count = requests.get(name)
+        table.add_row(
+            name, "" if before is None else f"{before:.3f}", f"{after:.3f}", "" if count is None else str(count)
+        )
     return table
 
 
