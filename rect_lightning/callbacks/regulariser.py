@@ -32,10 +32,13 @@ class Regulariser(Callback, ABC):
         parameters: Globs over parameter names, such as ``*.mlp.*.weight``; null for all that are trained.
         modules: Types of the modules that the parameters are in, such as ``torch.nn.Linear``; null for any.
         every_n_steps: Let the weights move freely for so many steps of their optimizer, and regularise what these amount to;
-            and in any case at the end of an epoch and of the training.
-        start_step: Leave so many first steps alone. With scope run their change counts, from then on and in the end; null is a
-            tenth of the run there, where its length is known, else 0. What is chosen after the first step of all is hard to
-            leave again: entries that were undone have to overtake, in one step, what others have gathered in many.
+            and in any case before a validation, at the end of an epoch and of the training, and after each batch of an editor
+            in single mode, which puts its weights back then. Checkpoints from in between hold what has not been regularised
+            yet, with the copies to go on from.
+        start_step: Leave so many first steps alone. With scope run their change counts, from then on and when the training
+            ends, until when they are validated and saved as they are; null is a tenth of the run there, where its length is
+            known, else 0. What is chosen after the first step of all is hard to leave again: entries that were undone have to
+            overtake, in one step, what others have gathered in many.
 
     Raises:
         ValueError: every_n_steps is below 1 or start_step below 0.
@@ -65,6 +68,7 @@ class Regulariser(Callback, ABC):
         self._hooks: dict[Optimizer, RemovableHandle] = {}
         self._steps: list[int] = []  # taken so far, in the order of the optimizers
         self._due: dict[Optimizer, bool] = {}  # of the steps under way, whether to regularise after them
+        self._open = False  # whether there are steps that are not regularised yet
         self._logs: dict[str, float] = {}
 
     @abstractmethod
@@ -85,7 +89,7 @@ class Regulariser(Callback, ABC):
         """
         if stage == "fit":
             refuse_sharded_strategy(trainer.strategy)
-            self._before, self._steps = {}, []
+            self._before, self._steps, self._open = {}, [], False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the parameters.
@@ -165,9 +169,8 @@ class Regulariser(Callback, ABC):
         for name, weight in weights.items():
             if first or name not in self._before:
                 self._before[name] = weight.detach().clone()
-        last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
         taken = steps + 1 - self._start
-        self._due[optimizer] = taken > 0 and (taken % self.every_n_steps == 0 or last)
+        self._due[optimizer] = taken > 0 and taken % self.every_n_steps == 0
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Regularise what the step has made of the weights."""
@@ -178,9 +181,17 @@ class Regulariser(Callback, ABC):
                 "see the weights before it. Step what self.optimizers() gives, not the torch optimizer inside."
             )
         self._steps[self._watch(optimizer)] += 1
+        self._open = True
         if due:
             self._close(self._weights(optimizer) if self.scope == "step" else self._all())
 
+    def _close_early(self, *, ending: bool) -> None:
+        """Regularise what is still open; not the first steps of a run that are to be left alone, unless it is ending."""
+        alone = self.scope == "run" and max(self._steps, default=0) <= self._start
+        if self._open and (ending or not alone):
+            self._close(self._all())
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _close(self, weights: dict[str, Tensor]) -> None:
         """Regularise the change of these weights since their copies, which scope step is then done with."""
@@ -194,6 +205,7 @@ class Regulariser(Callback, ABC):
         if self.scope == "step":
             for name in weights:
                 self._before.pop(name, None)
+        self._open = self.scope == "step" and bool(self._before)
 
     def _regularise(self, changes: Sequence[Change]) -> None:
         if changes:
@@ -211,12 +223,28 @@ class Regulariser(Callback, ABC):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the batch's steps, here since a step's own hooks may not."""
+        """Regularise the last steps of an epoch, and log the batch's, here since a step's own hooks may not."""
+        restores = getattr(pl_module, "mode", None) == "single"  # an editor, which measures after this and begins anew
+        ending = restores or _is_ending(trainer)
+        if trainer.is_last_batch or ending:
+            self._close_early(ending=ending)
         if self.scope == "step" and self.every_n_steps == 1:
             self._before.clear()  # of steps that a loss scaler has skipped
         if self._logs:
             pl_module.log_dict(self._logs)
             self._logs = {}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Regularise what is to be measured."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._close_early(ending=_is_ending(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Regularise what is to be saved, also where a run was stopped; Lightning's checkpoint callbacks come after this."""
+        enough = trainer.current_epoch + 1 >= (trainer.min_epochs or 0) and trainer.global_step >= (
+            trainer.min_steps or 0
+        )
+        self._close_early(ending=_is_ending(trainer) or (trainer.should_stop and enough))
 
     # After a run -------------------------------------------------------------------------------------------------
 
@@ -255,6 +283,13 @@ class Regulariser(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""
         self._before, self._steps = dict(state_dict["before"]), list(state_dict["steps"])
+        self._open = bool(self._before)
+
+
+def _is_ending(trainer: Trainer) -> bool:
+    """Whether a run has made its last batch, as far as its length tells."""
+    last_epoch = 0 < (trainer.max_epochs or 0) <= trainer.current_epoch + 1
+    return 0 < trainer.max_steps <= trainer.global_step or (trainer.is_last_batch and last_epoch)
 
 
 def _tenth(trainer: Trainer) -> int:

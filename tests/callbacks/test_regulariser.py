@@ -111,6 +111,92 @@ def test_a_last_step_is_never_left_open(tmp_path):
     assert changed(before, saved)["layers.0.weight"] == round(0.4 * 48)
 
 
+class Stop(Callback):
+    """Ends a run after three steps."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "stops"),
+    [
+        ({"every_n_steps": 100}, [Stop]),
+        ({"scope": "run", "every_n_steps": 100, "start_step": 0}, [Stop]),
+        ({"scope": "run", "start_step": 100}, [Stop]),
+        ({"scope": "run", "start_step": 100}, []),
+    ],
+    ids=str,
+)
+def test_what_is_saved_at_the_end_of_an_epoch_is_regularised(options, stops, tmp_path):
+    """However the run ends, and whatever its length had to do with it."""
+    module, saving = Model(adamw), ModelCheckpoint(tmp_path, save_last=True)
+    before = weights(module)
+    callbacks = RECT(0.25, **options), *(stop() for stop in stops), saving
+    fit(module, *callbacks, steps=-1, max_epochs=1, enable_checkpointing=True)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert changed(before, saved)["layers.0.weight"] == 12
+    assert_same(weights(module), saved)
+
+
+def test_first_steps_are_left_alone_across_epochs():
+    seen = Watch()
+    fit(Model(adamw), RECT(0.25, scope="run", start_step=15), seen, steps=-1, max_epochs=2)
+    counts = [changed(seen.seen[0], w)["layers.0.weight"] for w in seen.seen]
+    assert counts == [0] + 15 * [48] + 5 * [12]
+
+
+@pytest.mark.parametrize("options", [{"every_n_steps": 100}, {"scope": "run", "start_step": 0, "every_n_steps": 100}])
+def test_what_is_validated_is_regularised(options):
+    class Validated(Model):
+        def val_dataloader(self):
+            return torch.utils.data.DataLoader(BATCHES[:4])
+
+        def on_validation_epoch_start(self):
+            if not self.trainer.sanity_checking:
+                counts.append(changed(before, weights(self))["layers.0.weight"])
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    module, counts = Validated(adamw), []
+    before = weights(module)
+    fit(module, RECT(0.25, **options), steps=6, val_check_interval=2)
+    assert len(counts) == 3
+    assert counts[0] == 12
+    assert counts == 3 * [12] if "scope" in options else max(counts) < 48
+
+
+def test_a_scaler_that_skips_the_last_step_leaves_none_open():
+    class Overflows(Model):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (torch.inf if self.trainer.is_last_batch else 1)
+
+        def on_train_epoch_end(self):
+            counts.append(changed(before, weights(self))["layers.0.weight"])
+
+    module, counts = Overflows(adamw), []
+    before = weights(module)
+    scaler = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=16))
+    fit(module, RECT(0.25, every_n_steps=100), steps=-1, max_epochs=1, plugins=scaler)
+    assert counts == [12]
+
+
+def test_an_editor_that_puts_its_weights_back_measures_what_is_left():
+    class Single(Model):
+        mode = "single"
+
+        def on_train_batch_end(self, *_):
+            counts.append(changed(before, weights(self))["layers.0.weight"])
+            self.load_state_dict(before)
+
+    for options in ({"every_n_steps": 2}, {"scope": "run", "every_n_steps": 2}, {"scope": "run", "start_step": 9}):
+        module, counts = Single(adamw), []
+        before = weights(module)
+        fit(module, RECT(0.25, **options), steps=5)
+        assert counts == 5 * [12], options
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"scope": "run"}, {"every_n_steps": 4}, {"scope": "run", "every_n_steps": 2, "start_step": 2}],
