@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import Parameter
@@ -14,7 +15,13 @@ from torch.utils.hooks import RemovableHandle
 
 from rect_lightning.callbacks.changes import Change, GradientChange, WeightChange
 from rect_lightning.callbacks.gradients import check_gradients, is_plain_sgd
-from rect_lightning.callbacks.parameters import choose, refuse_sharded, refuse_sharded_strategy
+from rect_lightning.callbacks.parameters import (
+    choose,
+    refuse_sharded,
+    refuse_sharded_strategy,
+    refuse_without_optimizer,
+    without_optimizer,
+)
 
 
 class Regulariser(Callback, ABC):
@@ -111,8 +118,10 @@ class Regulariser(Callback, ABC):
         """Settle when to begin, and be called after each step of each optimizer.
 
         Raises:
+            ValueError: No optimizer has any of the chosen parameters.
             TypeError: An optimizer cannot do that.
         """
+        refuse_without_optimizer(self._names, trainer.optimizers)
         if self.start_step is not None:
             self._start = self.start_step
         else:
@@ -253,8 +262,17 @@ class Regulariser(Callback, ABC):
         self._close(self._all())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The whole run once more, since other callbacks may have put averaged weights in place at the end of training."""
+        """The whole run once more, since other callbacks may have put averaged weights in place at the end of training.
+
+        Warns of parameters that were chosen in vain.
+        """
         self._close(self._all())
+        left_out = [*without_optimizer(self._names, trainer.optimizers).values()]
+        if left_out and (self.parameters, self.modules) != (None, None):
+            rank_zero_warn(
+                f"{type(self).__name__} had nothing to regularise in {len(left_out)} of its {len(self._names)} chosen "
+                f"parameters, which no optimizer had: {', '.join(left_out[:3])}{', …' if len(left_out) > 3 else ''}."
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the optimizers alone."""

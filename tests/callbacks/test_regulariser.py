@@ -400,6 +400,39 @@ def test_refuses_an_update_that_is_not_finite(optimizer):
     refused(Overflows(optimizer), RECT(), "not finite")
 
 
+def only(layer):
+    """AdamW over one layer."""
+    return lambda module: torch.optim.AdamW(module.layers[layer].parameters(), lr=0.05)
+
+
+def test_refuses_parameters_that_no_optimizer_has():
+    refused(Model(only(0)), RECT(parameters=["layers.1.*"]), r"No optimizer has any .* such as layers\.1\.weight")
+
+
+def test_warns_of_some_parameters_that_no_optimizer_had(recwarn):
+    fit(Model(only(0)), RECT(), steps=2)  # all that are trained, whichever these are
+    assert not [w for w in recwarn if "nothing to regularise" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"RECT had nothing to regularise in 1 of its 3 .* had: layers\.1\.weight\.$"):
+        fit(Model(only(0)), RECT(parameters=["layers.*"]), steps=2)
+
+
+def test_parameters_that_are_given_to_an_optimizer_later(recwarn):
+    class Unfreezes(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.before = weights(pl_module)
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.layers[1].requires_grad_(True)
+                trainer.optimizers[0].add_param_group({"params": pl_module.layers[1].parameters()})
+
+    module, unfreezes = Model(only(0)), Unfreezes()
+    module.layers[1].requires_grad_(False)
+    fit(module, RECT(0.5, parameters=["layers.1.*"]), unfreezes, steps=11)
+    assert changed(unfreezes.before, weights(module))["layers.1.weight"] == 8
+    assert not [w for w in recwarn if "nothing to regularise" in str(w.message)]
+
+
 def test_refuses_sparse_gradients():
     class Sparse(Model):
         def __init__(self):
