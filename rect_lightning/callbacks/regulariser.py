@@ -1,6 +1,7 @@
 """What all regularisers share: they see the change that an optimizer makes, whichever it is, and leave a part of it."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -72,7 +73,8 @@ class Regulariser(Callback, ABC):
         self._start = 0
         self._names: dict[Parameter, str] = {}
         self._before: dict[str, Tensor] = {}  # what changes are counted from
-        self._hooks: dict[Optimizer, RemovableHandle] = {}
+        self._hooks: dict[Optimizer, tuple[RemovableHandle, RemovableHandle]] = {}
+        self._depth: Counter[Optimizer] = Counter()  # of steps within steps, as where a subclass calls its parent's
         self._steps: list[int] = []  # taken so far, in the order of the optimizers
         self._due: dict[Optimizer, bool] = {}  # of the steps under way, whether to regularise after them
         self._open = False  # whether there are steps that are not regularised yet
@@ -133,7 +135,8 @@ class Regulariser(Callback, ABC):
         """Hook onto an optimizer, once; its index."""
         if optimizer not in self._hooks:
             try:
-                self._hooks[optimizer] = optimizer.register_step_post_hook(self._after_step)
+                after = optimizer.register_step_post_hook(self._after_step)
+                self._hooks[optimizer] = optimizer.register_step_pre_hook(self._before_step), after
             except AttributeError as error:
                 raise TypeError(
                     f"{type(optimizer).__name__} has no working register_step_post_hook, so {type(self).__name__} cannot see "
@@ -148,6 +151,7 @@ class Regulariser(Callback, ABC):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Forget steps that were begun and not made, as by a loss scaler."""
         self._due.clear()
+        self._depth.clear()
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -181,8 +185,14 @@ class Regulariser(Callback, ABC):
         taken = steps + 1 - self._start
         self._due[optimizer] = taken > 0 and taken % self.every_n_steps == 0
 
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth[optimizer] += 1
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Regularise what the step has made of the weights."""
+        self._depth[optimizer] -= 1
+        if self._depth[optimizer] > 0:
+            return
         due = self._due.pop(optimizer, None)
         if due is None:
             raise RuntimeError(
@@ -283,9 +293,11 @@ class Regulariser(Callback, ABC):
         self._unhook()
 
     def _unhook(self) -> None:
-        for handle in self._hooks.values():
-            handle.remove()
+        for handles in self._hooks.values():
+            for handle in handles:
+                handle.remove()
         self._hooks, self._due, self._logs = {}, {}, {}
+        self._depth.clear()
 
     # Checkpoints -------------------------------------------------------------------------------------------------
 

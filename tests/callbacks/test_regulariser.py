@@ -318,6 +318,31 @@ def test_several_optimizers_by_manual_optimisation():
     assert len(module.seen) == 6
 
 
+@pytest.mark.parametrize("used_before", [False, True])
+def test_an_optimizer_that_calls_its_parent_s_step(used_before):
+    """Whose hooks torch calls as well, once there has been an optimizer of the parent's class."""
+
+    class Parent(torch.optim.AdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    class Child(Parent):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    weight.data += 0.01
+            return loss
+
+    if used_before:
+        Parent([torch.zeros(1, requires_grad=True)])
+    free, module = (Model(lambda m: Child(m.parameters(), 0.05)) for _ in range(2))
+    before = weights(module)
+    fit(free)
+    fit(module, RECT(0.3))
+    assert_same(weights(module), left(before, weights(free), 0.3))
+
+
 def test_refuses_steps_past_lightning():
     with pytest.raises(RuntimeError, match=r"self\.optimizers\(\)"):
         fit(Adversaries(raw=True), RECT())
@@ -361,6 +386,7 @@ def test_the_optimizer_is_left_as_it_was():
 
     done = fit(Model(adamw), RECT(), steps=2)
     assert not done.optimizers[0]._optimizer_step_post_hooks
+    assert not done.optimizers[0]._optimizer_step_pre_hooks
     failing = trainer(RECT(), Fails(), steps=3)
     with pytest.raises(KeyError, match="failed"):
         failing.fit(Model(adamw), torch.utils.data.DataLoader(BATCHES, batch_size=4))
