@@ -70,7 +70,7 @@ class Regulariser(Callback, ABC):
             )
         self.scope, self.parameters, self.modules = scope, parameters, modules
         self.every_n_steps, self.start_step = every_n_steps, start_step
-        self._start = 0
+        self._start = -1  # while it is not known
         self._names: dict[Parameter, str] = {}
         self._before: dict[str, Tensor] = {}  # what changes are counted from
         self._hooks: dict[Optimizer, tuple[RemovableHandle, RemovableHandle]] = {}
@@ -99,6 +99,7 @@ class Regulariser(Callback, ABC):
         if stage == "fit":
             refuse_sharded_strategy(trainer.strategy)
             self._before, self._steps, self._open = {}, [], False
+            self._start = -1 if self.start_step is None else self.start_step
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the parameters.
@@ -124,9 +125,7 @@ class Regulariser(Callback, ABC):
             TypeError: An optimizer cannot do that.
         """
         refuse_without_optimizer(self._names, trainer.optimizers)
-        if self.start_step is not None:
-            self._start = self.start_step
-        else:
+        if self._start < 0:
             self._start = _tenth(trainer) if self.scope == "run" else 0
         for optimizer in trainer.optimizers:
             self._watch(optimizer)
@@ -171,7 +170,7 @@ class Regulariser(Callback, ABC):
         if self.scope == "step" and self.every_n_steps == 1 and is_plain_sgd(optimizer, scaler):
             self._regularise(
                 [
-                    GradientChange(self._names[weight], weight, weight.grad, -float(group["lr"]))
+                    GradientChange(self._names[weight], weight, weight.grad, _scale(group))
                     for group in optimizer.param_groups
                     for weight in group["params"]
                     if weight in self._names and weight.grad is not None and weight.grad.any()
@@ -303,17 +302,23 @@ class Regulariser(Callback, ABC):
 
     @property
     def state_key(self) -> str:
-        """One for each selection of parameters, so that a Trainer can have several with different options."""
-        return self._generate_state_key(scope=self.scope, parameters=self.parameters, modules=self.modules)
+        """One for each choice of options, so that a Trainer can have several."""
+        names = ("scope", "parameters", "modules", "every_n_steps", "start_step")
+        return self._generate_state_key(**{name: getattr(self, name) for name in names})
 
     def state_dict(self) -> dict[str, Any]:
-        """The copies that changes are counted from, and the number of steps of each optimizer."""
-        return {"before": dict(self._before), "steps": list(self._steps)}
+        """The copies that changes are counted from, the number of steps of each optimizer, and how many were to be left alone."""
+        return {"before": dict(self._before), "steps": list(self._steps), "start": self._start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""
         self._before, self._steps = dict(state_dict["before"]), list(state_dict["steps"])
-        self._open = bool(self._before)
+        self._start, self._open = state_dict["start"], bool(self._before)
+
+
+def _scale(group: dict[str, Any]) -> float:
+    """What plain SGD multiplies gradients by."""
+    return float(group["lr"]) if group["maximize"] else -float(group["lr"])
 
 
 def _is_ending(trainer: Trainer) -> bool:

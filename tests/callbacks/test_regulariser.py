@@ -81,6 +81,41 @@ def test_several_at_once():
     assert changed(before, weights(module)) == {"layers.0.weight": 5, "layers.0.bias": 1, "layers.1.weight": 8}
 
 
+@pytest.mark.parametrize(
+    "other", [{"keep": 0.1}, {"every_n_steps": 3}, {"per": "all"}, {"scope": "run"}, {"start_step": 2}], ids=str
+)
+def test_two_of_the_same_parameters(other, tmp_path):
+    """Each with its own state, also after a stop."""
+    one, two = RECT(0.5), RECT(**({"keep": 0.5} | other))
+    fit(Model(adamw), one, two, steps=4).save_checkpoint(tmp_path / "a.ckpt")
+    states = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]
+    assert states.keys() == {one.state_key, two.state_key}
+
+
+def test_a_resumed_run_goes_on_with_the_first_steps_it_had(tmp_path):
+    """A tenth of the run as it was begun."""
+    fit(Model(adamw), RECT(scope="run"), steps=20).save_checkpoint(tmp_path / "a.ckpt")
+    resumed = RECT(scope="run")
+    fit(Model(adamw), resumed, steps=40, ckpt_path=tmp_path / "a.ckpt")
+    assert resumed.state_dict()["start"] == 2
+    assert resumed.state_dict()["steps"] == [40]
+    fit(Model(adamw), resumed, steps=30)
+    assert resumed.state_dict()["start"] == 3
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_a_gradient_s_scale_has_the_sign_of_the_change(maximize):
+    class Notes(Regulariser):
+        def regularise(self, changes):
+            self.seen = {c.name: c.before + c.scale * c.update for c in changes}
+            return {}
+
+    notes, module = Notes(), Model(lambda m: torch.optim.SGD(m.parameters(), 0.01, maximize=maximize))
+    fit(module, notes)
+    for name, weight in weights(module).items():
+        torch.testing.assert_close(weight, notes.seen[name])
+
+
 def test_every_n_steps_regularises_the_change_of_them_together():
     free, module, seen = Model(adamw), Model(adamw), Watch()
     fit(free, steps=5)  # the first two of which are left alone
