@@ -55,7 +55,7 @@ class RECT(Regulariser):
     @property
     def state_key(self) -> str:
         """One for each choice of options, so that a Trainer can have several."""
-        return f"{super().state_key}{ {'keep': self.keep, 'per': self.per} }"
+        return super().state_key + repr({"keep": self.keep, "per": self.per})
 
     def regularise(self, changes: Sequence[Change]) -> dict[str, float]:
         """Mask, and tell what each change was and what share of its entries is kept."""

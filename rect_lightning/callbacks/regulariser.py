@@ -212,12 +212,21 @@ class Regulariser(Callback, ABC):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _close(self, weights: dict[str, Tensor]) -> None:
-        """Regularise the change of these weights since their copies, which scope step is then done with."""
+        """Regularise the change of these weights since their copies, which scope step is then done with.
+
+        Raises:
+            ValueError: A weight is not finite.
+        """
         changes = []
         for name, weight in weights.items():
             if name in self._before:
                 before = self._before[name] = self._before[name].to(weight)
                 if self.scope == "run" or not torch.equal(weight, before):
+                    if not weight.isfinite().all():
+                        raise ValueError(
+                            f"The optimizer has made entries of {name} that are not finite; the weights are left as it has "
+                            "made them. Go on from a checkpoint, with a smaller learning rate or larger eps."
+                        )
                     changes.append(WeightChange(name, before, weight))
         self._regularise(changes)
         if self.scope == "step":
@@ -307,7 +316,7 @@ class Regulariser(Callback, ABC):
         return self._generate_state_key(**{name: getattr(self, name) for name in names})
 
     def state_dict(self) -> dict[str, Any]:
-        """The copies that changes are counted from, the number of steps of each optimizer, and how many were to be left alone."""
+        """The copies that changes are counted from, each optimizer's number of steps, and how many are left alone."""
         return {"before": dict(self._before), "steps": list(self._steps), "start": self._start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

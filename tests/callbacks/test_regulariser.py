@@ -494,6 +494,23 @@ def test_parameters_that_are_given_to_an_optimizer_later(recwarn):
     assert not [w for w in recwarn if "nothing to regularise" in str(w.message)]
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_refuses_weights_that_are_not_finite(value):
+    """Though their gradients are; nothing of such a step is hidden."""
+
+    class Breaks(torch.optim.AdamW):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            self.param_groups[0]["params"][-1].data[0, 0] = value
+            return loss
+
+    module = Model(lambda m: Breaks(m.parameters(), 0.05))
+    with pytest.raises(ValueError, match=r"made entries of layers\.1\.weight that are not finite"):
+        fit(module, RECT(0.3))
+    assert not module.layers[1].weight[0, 0].isfinite()
+    assert all(p.isfinite().all() for p in module.layers[0].parameters())
+
+
 def test_refuses_sparse_gradients():
     class Sparse(Model):
         def __init__(self):
