@@ -30,7 +30,10 @@ def relative_change(update: Tensor, weight: Tensor) -> Tensor:
     A change of a zero weight counts as infinitely large, no change of it as none. A change that is nan stays nan.
     """
     update = update.to(torch.promote_types(update.dtype, torch.float32))
-    return (update / weight).abs_().masked_fill_(update == 0, 0)
+    delta = (update / weight).abs_()
+    if delta.sum().isnan():  # rare, and a sum is quick
+        delta.masked_fill_(update == 0, 0)
+    return delta
 
 
 def largest(delta: Tensor, keep: float) -> Tensor:
