@@ -139,3 +139,13 @@ def test_what_fails_in_one_process_fails_in_all(two):
     assert told[1]["failure"] == "ValueError: out of luck"
     assert told[0]["clean"]
     assert told[1]["clean"]
+
+
+def test_what_fails_in_one_process_alone_fails_in_all(two):
+    for rank, found in enumerate(two[1]):
+        assert len(found["local failures"]) == 12, sorted(found["local failures"])
+        for name, (failing, told) in found["local failures"].items():
+            expected = "ValueError: out of luck"
+            assert told == (expected if rank == failing else f"RuntimeError: Process {failing} failed: {expected}"), (
+                name
+            )

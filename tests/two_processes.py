@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rect_lightning.callbacks import RECT
-from rect_lightning.editors import locate_then_edit
+from rect_lightning.editors import locate_then_edit, measure
+from rect_lightning.editors.base import Editor
 from rect_lightning.processes import Processes
-from rect_lightning.solving import corpus, moments
+from rect_lightning.solving import corpus, moment_files, moments
 from rect_lightning.solving.corpus import Moments
 from rect_lightning.solving.moments import second_moments
 from tests import tiny
@@ -148,6 +149,48 @@ def refusals(folder, processes):
     return told
 
 
+def local_failures(folder, processes):
+    """What is told where one process alone, whose rank is given, fails in what no other is asked about."""
+    editor, told = memit(folder), {}
+
+    def second(source, **options):
+        options = {"fingerprint": "f", "processes": processes, "save_every": 1e9, "cache": folder / "failed"} | options
+        second_moments(editor.model, LAYERS, source, **options)
+
+    def measured():
+        measure.Measurement().add(editor, requests())
+
+    def perplexity():
+        measure.with_perplexity(editor, {"before": {}, "after": {}}, str(folder / "prose.txt"))
+
+    def fails(*_args, **_kwargs):
+        raise ValueError("out of luck")
+
+    sampled = Moments(tokens=410, context=16)
+    cases = {
+        "continuations": (0, Editor, "continuations", measured),
+        "metrics": (1, measure, "evaluate", measured),
+        "prose": (1, measure, "prose_path", perplexity),
+        "perplexity": (0, sys.modules["rect_lightning.metrics.perplexity"], "hidden_states", perplexity),
+        "source": (1, corpus, "identity", lambda: second(text(folder))),
+        "cached": (0, moments, "_cached", lambda: second(text(folder))),
+        "cache": (0, Path, "mkdir", lambda: second(text(folder), cache=folder / "none")),
+        "resume": (0, moments, "_restore", lambda: second(text(folder))),
+        "text": (1, corpus, "_documents", lambda: second(text(folder))),
+        "sampling": (0, corpus, "_sample", lambda: second(sampled)),
+        "state": (0, moment_files, "write", lambda: second(text(folder), save_every=0)),
+        "result": (0, moment_files, "write", lambda: second(text(folder))),
+    }
+    for name, (rank, owner, attribute, call) in cases.items():
+        broken = fails if processes.rank == rank else getattr(owner, attribute)
+        with patch.object(Editor, "processes", processes), patch.object(owner, attribute, broken):
+            try:
+                call()
+            except (RuntimeError, ValueError) as error:
+                told[name] = rank, f"{type(error).__name__}: {error}"
+    return told
+
+
 def main(folder):
     os.environ["RECT_LIGHTNING_CACHE"] = str(folder / "cache")
     found = {"edits": edits(folder, DDP)}
@@ -159,6 +202,7 @@ def main(folder):
     found["passes"] = passes(folder, processes)
     found["stopped"] = stopped_pass(folder, processes)
     found["refusals"] = refusals(folder, processes)
+    found["local failures"] = local_failures(folder, processes)
     torch.save(found, folder / f"rank-{processes.rank}.pt")
     processes.agree("done")  # the first one's end is the end of all
 

@@ -29,7 +29,7 @@ class Change(Protocol):
 
     @property
     def scale(self) -> float:
-        """What the update is multiplied by: -lr where it is a gradient, else 1."""
+        """What the update is multiplied by: -lr where it is a gradient, lr where that is to be maximised, else 1."""
 
     def keep(self, mask: Tensor) -> None:
         """Leave the entries of the bool mask as they are, bit for bit, and undo all others. The mask is used up."""
@@ -40,7 +40,7 @@ class Change(Protocol):
 
 @dataclass(frozen=True)
 class GradientChange:
-    """What plain SGD is about to do: ``-lr`` times the gradient, so that a masked gradient is a masked change."""
+    """What plain SGD is about to do: ``±lr`` times the gradient, so that a masked gradient is a masked change."""
 
     name: str
     before: Tensor

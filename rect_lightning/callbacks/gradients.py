@@ -11,7 +11,7 @@ from torch.optim import SGD, Optimizer
 
 
 def is_plain_sgd(optimizer: Optimizer, scaler: Any) -> bool:
-    """Whether the change is ``-lr`` times the gradient that the hook sees: not where a fused step has yet to unscale it."""
+    """Whether the change is ``±lr`` times the gradient that the hook sees: not where a fused step has yet to unscale it."""
     plain = type(optimizer) is SGD and not any(g["momentum"] or g["weight_decay"] for g in optimizer.param_groups)
     return plain and (scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False))
 

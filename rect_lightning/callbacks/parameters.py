@@ -9,6 +9,7 @@ from pkgutil import resolve_name
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch.nn import Module, Parameter
+from torch.optim import Optimizer
 
 
 def choose(module: Module, parameters: Iterable[str] | None, modules: Iterable[str] | None) -> dict[Parameter, str]:
@@ -36,6 +37,25 @@ def choose(module: Module, parameters: Iterable[str] | None, modules: Iterable[s
     if not chosen:
         raise ValueError(f"No parameter is in both parameters={parameters} and modules={modules}.")
     return {parameter: name for parameter, name in found.items() if parameter in chosen}
+
+
+def without_optimizer(parameters: Mapping[Parameter, str], optimizers: Iterable[Optimizer]) -> dict[Parameter, str]:
+    """Those of the parameters that no optimizer has."""
+    stepped = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return {parameter: name for parameter, name in parameters.items() if parameter not in stepped}
+
+
+def refuse_without_optimizer(parameters: Mapping[Parameter, str], optimizers: Iterable[Optimizer]) -> None:
+    """Refuse parameters none of which an optimizer has, unless some are frozen, and so may be given to one later.
+
+    Raises:
+        ValueError: They are such.
+    """
+    if len(without_optimizer(parameters, optimizers)) == len(parameters) and all(p.requires_grad for p in parameters):
+        raise ValueError(
+            f"No optimizer has any of the chosen parameters, such as {next(iter(parameters.values()))}, so there would be "
+            "nothing to regularise. Choose others, or give them to an optimizer."
+        )
 
 
 def refuse_sharded_strategy(strategy: Strategy) -> None:

@@ -52,6 +52,11 @@ class RECT(Regulariser):
             raise ValueError(f"per is tensor or all; got {per!r}.")
         self.keep, self.per, self.thresholds = keep, per, list(thresholds)
 
+    @property
+    def state_key(self) -> str:
+        """One for each choice of options, so that a Trainer can have several."""
+        return super().state_key + repr({"keep": self.keep, "per": self.per})
+
     def regularise(self, changes: Sequence[Change]) -> dict[str, float]:
         """Mask, and tell what each change was and what share of its entries is kept."""
         masks: list[Tensor] | None = None

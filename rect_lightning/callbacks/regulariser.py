@@ -1,11 +1,13 @@
 """What all regularisers share: they see the change that an optimizer makes, whichever it is, and leave a part of it."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import Parameter
@@ -14,7 +16,13 @@ from torch.utils.hooks import RemovableHandle
 
 from rect_lightning.callbacks.changes import Change, GradientChange, WeightChange
 from rect_lightning.callbacks.gradients import check_gradients, is_plain_sgd
-from rect_lightning.callbacks.parameters import choose, refuse_sharded, refuse_sharded_strategy
+from rect_lightning.callbacks.parameters import (
+    choose,
+    refuse_sharded,
+    refuse_sharded_strategy,
+    refuse_without_optimizer,
+    without_optimizer,
+)
 
 
 class Regulariser(Callback, ABC):
@@ -32,10 +40,13 @@ class Regulariser(Callback, ABC):
         parameters: Globs over parameter names, such as ``*.mlp.*.weight``; null for all that are trained.
         modules: Types of the modules that the parameters are in, such as ``torch.nn.Linear``; null for any.
         every_n_steps: Let the weights move freely for so many steps of their optimizer, and regularise what these amount to;
-            and in any case at the end of an epoch and of the training.
-        start_step: Leave so many first steps alone. With scope run their change counts, from then on and in the end; null is a
-            tenth of the run there, where its length is known, else 0. What is chosen after the first step of all is hard to
-            leave again: entries that were undone have to overtake, in one step, what others have gathered in many.
+            and in any case before a validation, at the end of an epoch and of the training, and after each batch of an editor
+            in single mode, which puts its weights back then. Checkpoints from in between hold what has not been regularised
+            yet, with the copies to go on from.
+        start_step: Leave so many first steps alone. With scope run their change counts, from then on and when the training
+            ends, until when they are validated and saved as they are; null is a tenth of the run there, where its length is
+            known, else 0. What is chosen after the first step of all is hard to leave again: entries that were undone have to
+            overtake, in one step, what others have gathered in many.
 
     Raises:
         ValueError: every_n_steps is below 1 or start_step below 0.
@@ -59,12 +70,14 @@ class Regulariser(Callback, ABC):
             )
         self.scope, self.parameters, self.modules = scope, parameters, modules
         self.every_n_steps, self.start_step = every_n_steps, start_step
-        self._start = 0
+        self._start = -1  # while it is not known
         self._names: dict[Parameter, str] = {}
         self._before: dict[str, Tensor] = {}  # what changes are counted from
-        self._hooks: dict[Optimizer, RemovableHandle] = {}
+        self._hooks: dict[Optimizer, tuple[RemovableHandle, RemovableHandle]] = {}
+        self._depth: Counter[Optimizer] = Counter()  # of steps within steps, as where a subclass calls its parent's
         self._steps: list[int] = []  # taken so far, in the order of the optimizers
         self._due: dict[Optimizer, bool] = {}  # of the steps under way, whether to regularise after them
+        self._open = False  # whether there are steps that are not regularised yet
         self._logs: dict[str, float] = {}
 
     @abstractmethod
@@ -85,7 +98,8 @@ class Regulariser(Callback, ABC):
         """
         if stage == "fit":
             refuse_sharded_strategy(trainer.strategy)
-            self._before, self._steps = {}, []
+            self._before, self._steps, self._open = {}, [], False
+            self._start = -1 if self.start_step is None else self.start_step
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the parameters.
@@ -107,11 +121,11 @@ class Regulariser(Callback, ABC):
         """Settle when to begin, and be called after each step of each optimizer.
 
         Raises:
+            ValueError: No optimizer has any of the chosen parameters.
             TypeError: An optimizer cannot do that.
         """
-        if self.start_step is not None:
-            self._start = self.start_step
-        else:
+        refuse_without_optimizer(self._names, trainer.optimizers)
+        if self._start < 0:
             self._start = _tenth(trainer) if self.scope == "run" else 0
         for optimizer in trainer.optimizers:
             self._watch(optimizer)
@@ -120,7 +134,8 @@ class Regulariser(Callback, ABC):
         """Hook onto an optimizer, once; its index."""
         if optimizer not in self._hooks:
             try:
-                self._hooks[optimizer] = optimizer.register_step_post_hook(self._after_step)
+                after = optimizer.register_step_post_hook(self._after_step)
+                self._hooks[optimizer] = optimizer.register_step_pre_hook(self._before_step), after
             except AttributeError as error:
                 raise TypeError(
                     f"{type(optimizer).__name__} has no working register_step_post_hook, so {type(self).__name__} cannot see "
@@ -135,6 +150,7 @@ class Regulariser(Callback, ABC):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Forget steps that were begun and not made, as by a loss scaler."""
         self._due.clear()
+        self._depth.clear()
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -154,7 +170,7 @@ class Regulariser(Callback, ABC):
         if self.scope == "step" and self.every_n_steps == 1 and is_plain_sgd(optimizer, scaler):
             self._regularise(
                 [
-                    GradientChange(self._names[weight], weight, weight.grad, -float(group["lr"]))
+                    GradientChange(self._names[weight], weight, weight.grad, _scale(group))
                     for group in optimizer.param_groups
                     for weight in group["params"]
                     if weight in self._names and weight.grad is not None and weight.grad.any()
@@ -165,12 +181,17 @@ class Regulariser(Callback, ABC):
         for name, weight in weights.items():
             if first or name not in self._before:
                 self._before[name] = weight.detach().clone()
-        last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
         taken = steps + 1 - self._start
-        self._due[optimizer] = taken > 0 and (taken % self.every_n_steps == 0 or last)
+        self._due[optimizer] = taken > 0 and taken % self.every_n_steps == 0
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth[optimizer] += 1
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Regularise what the step has made of the weights."""
+        self._depth[optimizer] -= 1
+        if self._depth[optimizer] > 0:
+            return
         due = self._due.pop(optimizer, None)
         if due is None:
             raise RuntimeError(
@@ -178,22 +199,40 @@ class Regulariser(Callback, ABC):
                 "see the weights before it. Step what self.optimizers() gives, not the torch optimizer inside."
             )
         self._steps[self._watch(optimizer)] += 1
+        self._open = True
         if due:
             self._close(self._weights(optimizer) if self.scope == "step" else self._all())
 
+    def _close_early(self, *, ending: bool) -> None:
+        """Regularise what is still open; not the first steps of a run that are to be left alone, unless it is ending."""
+        alone = self.scope == "run" and max(self._steps, default=0) <= self._start
+        if self._open and (ending or not alone):
+            self._close(self._all())
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _close(self, weights: dict[str, Tensor]) -> None:
-        """Regularise the change of these weights since their copies, which scope step is then done with."""
+        """Regularise the change of these weights since their copies, which scope step is then done with.
+
+        Raises:
+            ValueError: A weight is not finite.
+        """
         changes = []
         for name, weight in weights.items():
             if name in self._before:
                 before = self._before[name] = self._before[name].to(weight)
                 if self.scope == "run" or not torch.equal(weight, before):
+                    if not weight.isfinite().all():
+                        raise ValueError(
+                            f"The optimizer has made entries of {name} that are not finite; the weights are left as it has "
+                            "made them. Go on from a checkpoint, with a smaller learning rate or larger eps."
+                        )
                     changes.append(WeightChange(name, before, weight))
         self._regularise(changes)
         if self.scope == "step":
             for name in weights:
                 self._before.pop(name, None)
+        self._open = self.scope == "step" and bool(self._before)
 
     def _regularise(self, changes: Sequence[Change]) -> None:
         if changes:
@@ -211,12 +250,28 @@ class Regulariser(Callback, ABC):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the batch's steps, here since a step's own hooks may not."""
+        """Regularise the last steps of an epoch, and log the batch's, here since a step's own hooks may not."""
+        restores = getattr(pl_module, "mode", None) == "single"  # an editor, which measures after this and begins anew
+        ending = restores or _is_ending(trainer)
+        if trainer.is_last_batch or ending:
+            self._close_early(ending=ending)
         if self.scope == "step" and self.every_n_steps == 1:
             self._before.clear()  # of steps that a loss scaler has skipped
         if self._logs:
             pl_module.log_dict(self._logs)
             self._logs = {}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Regularise what is to be measured."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._close_early(ending=_is_ending(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Regularise what is to be saved, also where a run was stopped; Lightning's checkpoint callbacks come after this."""
+        enough = trainer.current_epoch + 1 >= (trainer.min_epochs or 0) and trainer.global_step >= (
+            trainer.min_steps or 0
+        )
+        self._close_early(ending=_is_ending(trainer) or (trainer.should_stop and enough))
 
     # After a run -------------------------------------------------------------------------------------------------
 
@@ -225,8 +280,17 @@ class Regulariser(Callback, ABC):
         self._close(self._all())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The whole run once more, since other callbacks may have put averaged weights in place at the end of training."""
+        """The whole run once more, since other callbacks may have put averaged weights in place at the end of training.
+
+        Warns of parameters that were chosen in vain.
+        """
         self._close(self._all())
+        left_out = [*without_optimizer(self._names, trainer.optimizers).values()]
+        if left_out and (self.parameters, self.modules) != (None, None):
+            rank_zero_warn(
+                f"{type(self).__name__} had nothing to regularise in {len(left_out)} of its {len(self._names)} chosen "
+                f"parameters, which no optimizer had: {', '.join(left_out[:3])}{', …' if len(left_out) > 3 else ''}."
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the optimizers alone."""
@@ -237,24 +301,39 @@ class Regulariser(Callback, ABC):
         self._unhook()
 
     def _unhook(self) -> None:
-        for handle in self._hooks.values():
-            handle.remove()
+        for handles in self._hooks.values():
+            for handle in handles:
+                handle.remove()
         self._hooks, self._due, self._logs = {}, {}, {}
+        self._depth.clear()
 
     # Checkpoints -------------------------------------------------------------------------------------------------
 
     @property
     def state_key(self) -> str:
-        """One for each selection of parameters, so that a Trainer can have several with different options."""
-        return self._generate_state_key(scope=self.scope, parameters=self.parameters, modules=self.modules)
+        """One for each choice of options, so that a Trainer can have several."""
+        names = ("scope", "parameters", "modules", "every_n_steps", "start_step")
+        return self._generate_state_key(**{name: getattr(self, name) for name in names})
 
     def state_dict(self) -> dict[str, Any]:
-        """The copies that changes are counted from, and the number of steps of each optimizer."""
-        return {"before": dict(self._before), "steps": list(self._steps)}
+        """The copies that changes are counted from, each optimizer's number of steps, and how many are left alone."""
+        return {"before": dict(self._before), "steps": list(self._steps), "start": self._start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""
         self._before, self._steps = dict(state_dict["before"]), list(state_dict["steps"])
+        self._start, self._open = state_dict["start"], bool(self._before)
+
+
+def _scale(group: dict[str, Any]) -> float:
+    """What plain SGD multiplies gradients by."""
+    return float(group["lr"]) if group["maximize"] else -float(group["lr"])
+
+
+def _is_ending(trainer: Trainer) -> bool:
+    """Whether a run has made its last batch, as far as its length tells."""
+    last_epoch = 0 < (trainer.max_epochs or 0) <= trainer.current_epoch + 1
+    return 0 < trainer.max_steps <= trainer.global_step or (trainer.is_last_batch and last_epoch)
 
 
 def _tenth(trainer: Trainer) -> int:

@@ -32,22 +32,22 @@ class Measurement:
     def add(self, editor: Editor, requests: Sequence[EditRequest]) -> None:
         """Measure requests on the editor's model as it stands, and clean; of several processes, each measures its share."""
         mine = editor.processes.mine(requests)
+        shown = requests[: self._wanted - len(self.samples)] if editor.processes.is_first else []
         with editor.processes.together():
             with editor.clean_weights():
                 clean = evaluate(editor.model, mine, show_progress=editor.show_progress)
             after = evaluate(editor.model, mine, show_progress=editor.show_progress)
-        self.before.to(editor.device).update(clean, clean)
-        self.after.to(editor.device).update(after, clean)
+            self.before.to(editor.device).update(clean, clean)
+            self.after.to(editor.device).update(after, clean)
+            continuations = editor.continuations([r.text for r in shown]) if shown else []
         each = zip(mine, request_metrics(clean, clean), request_metrics(after, clean), strict=True)
         self.requests += editor.processes.gather(
             [{"id": r.id, "text": r.text, "target_new": r.target_new, "before": b, "after": a} for r, b, a in each]
         )
-        shown = requests[: self._wanted - len(self.samples)]
-        if shown and editor.processes.is_first:
-            self.samples += [
-                {"request": f"{request.text} → {request.target_new}", **sample}
-                for request, sample in zip(shown, editor.continuations([r.text for r in shown]), strict=True)
-            ]
+        self.samples += [
+            {"request": f"{request.text} → {request.target_new}", **sample}
+            for request, sample in zip(shown, continuations, strict=True)
+        ]
 
     def compute(self) -> dict[str, dict[str, float]]:
         """``{"before": {name: value}, "after": {name: value}}``, reduced over processes."""
@@ -73,8 +73,9 @@ def prose_path(prose: str) -> Path:
 
 def with_perplexity(editor: Editor, results: dict[str, dict[str, float]], prose: str) -> dict[str, dict[str, float]]:
     """Results with the perplexity of a text, ``perplexity/<name of the file>``, under the clean and the edited weights."""
-    path = prose_path(prose)
-    text, name = path.read_text(encoding="utf-8"), f"perplexity/{path.stem}"
+    with editor.processes.together():
+        path = prose_path(prose)
+        text, name = path.read_text(encoding="utf-8"), f"perplexity/{path.stem}"
     context = min(512, editor.model.context_length)
     options: dict[str, Any] = {"context": context, "show_progress": editor.show_progress, "processes": editor.processes}
     with editor.clean_weights():

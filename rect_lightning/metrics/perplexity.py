@@ -62,7 +62,7 @@ def perplexity(
 
     total = torch.zeros((), dtype=torch.float64)
     batches = processes.mine(by_length([len(chunk) for chunk in chunks], tokens_per_batch))
-    with measuring(adapter.model):
+    with processes.together(), measuring(adapter.model):
         for batch in track(batches, "Perplexity", show=show_progress, unit="batch"):
             rows = [chunks[i] for i in batch]
             states = [number * len(rows[0]) + place for number, row in enumerate(rows) for place in range(len(row) - 1)]

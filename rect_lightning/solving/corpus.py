@@ -256,7 +256,8 @@ def _sampled_rows(
     for begin in range(0, len(groups), processes.count):
         together = groups[begin : begin + processes.count]
         mine = processes.mine(together)
-        sampled = [_sample(adapter, weights, first, group, show_progress=show_progress) for group in mine]
+        with processes.together():
+            sampled = [_sample(adapter, weights, first, group, show_progress=show_progress) for group in mine]
         for source, group in enumerate(together):
             rows = sampled[0] if source == processes.rank else torch.empty(group.shape, dtype=torch.long)
             for index, row in enumerate(processes.broadcast(rows, source=source), done):

@@ -114,11 +114,12 @@ def second_moments(
         ValueError: The layers, the source or its files do not fit the model, keys are not finite, or there are fewer
             tokens than the keys are wide, so that ``C`` has no inverse.
     """
-    adapter.check_layers(layers)
-    if moments.is_precomputed:
-        return moment_files.precomputed(adapter, layers, moments.source, fingerprint=fingerprint)
-    _check_tokens(adapter, layers, moments.tokens, moments)
-    header = corpus.identity(adapter, moments) | {"dtype": str(adapter.weight(layers[-1]).dtype)}
+    with processes.together():
+        adapter.check_layers(layers)
+        if moments.is_precomputed:
+            return moment_files.precomputed(adapter, layers, moments.source, fingerprint=fingerprint)
+        _check_tokens(adapter, layers, moments.tokens, moments)
+        header = corpus.identity(adapter, moments) | {"dtype": str(adapter.weight(layers[-1]).dtype)}
     header |= {"fingerprint": fingerprint, "batch_tokens": _BATCH_TOKENS}
     if cache is None:
         found = _pass(adapter, layers, moments, header, None, save_every, show_progress, processes)
@@ -142,21 +143,26 @@ def _through_cache(
     processes: Processes,
 ) -> dict[int, Tensor]:
     """What the folder has, and what it lacked, now in it too; nothing in processes other than the first."""
-    found = _cached(adapter, layers, folder, header) if processes.is_first else {}
+    with processes.together():
+        found = _cached(adapter, layers, folder, header) if processes.is_first else {}
     if processes.agree(found.keys() >= set(layers)):
         return found  # without the lock, so that a cache that cannot be written to can still be read
 
-    with _locked(folder) if processes.is_first else contextlib.nullcontext():
-        found = _cached(adapter, layers, folder, header) if processes.is_first else {}
+    with contextlib.ExitStack() as stack:
+        with processes.together():
+            if processes.is_first:
+                stack.enter_context(_locked(folder))
+                found = _cached(adapter, layers, folder, header)
         missing = processes.agree([layer for layer in layers if layer not in found])
         if missing:
             state = folder / f"state-{'-'.join(map(str, missing))}.safetensors"
             computed = _pass(adapter, missing, moments, header, state, save_every, show_progress, processes)
-            for layer, moment in computed.items():
-                path = folder / moment_files.file_name(adapter, layer)
-                moment_files.write(path, {"C": moment}, header | {"layer": layer})
-            if processes.is_first:
-                _remove(folder, "state-*")
+            with processes.together():
+                for layer, moment in computed.items():
+                    path = folder / moment_files.file_name(adapter, layer)
+                    moment_files.write(path, {"C": moment}, header | {"layer": layer})
+                if processes.is_first:
+                    _remove(folder, "state-*")
             found |= computed
     return found
 
@@ -212,7 +218,8 @@ def _pass(
 ) -> dict[int, Tensor]:
     """Compute the layers' moments, from the saved state on where there is one; nothing but in the first process."""
     sums = {layer: SecondMoment(_width(adapter, layer)) for layer in layers}
-    rows_done = _restore(sums, state, header) if processes.is_first else 0
+    with processes.together():
+        rows_done = _restore(sums, state, header) if processes.is_first else 0
     rows_done, tokens = processes.agree((rows_done, sums[layers[0]].count))
     if processes.is_first and state is not None:
         text = "text that the model samples" if moments.source == "self" else moments.source
@@ -224,7 +231,13 @@ def _pass(
             adapter, moments, skip=rows_done, processes=processes, show_progress=show_progress
         )
         batches = stacked(rows_left)
-        while together := list(islice(batches, processes.count)):
+        # sampling asks the other processes itself, each process reads files on its own
+        reading = Processes() if moments.source == "self" else processes
+        while True:
+            with reading.together():
+                together = list(islice(batches, processes.count))
+            if not together:
+                break
             with processes.together():
                 for rows in processes.mine(together):
                     _update(adapter, sums, rows.to(adapter.device))
@@ -233,15 +246,17 @@ def _pass(
             bar.update(read)
             if state is not None and processes.agree(time.monotonic() - saved >= save_every):
                 _collect(sums, processes)
-                if processes.is_first:
-                    totals = {str(layer): moment.total for layer, moment in sums.items()}
-                    moment_files.write(state, totals, header | {"rows": rows_done, "count": tokens})
+                with processes.together():
+                    if processes.is_first:
+                        totals = {str(layer): moment.total for layer, moment in sums.items()}
+                        moment_files.write(state, totals, header | {"rows": rows_done, "count": tokens})
                 saved = time.monotonic()
     if not tokens:
         raise ValueError(f"moments.source: {moments.source} has no text.")
     _check_tokens(adapter, layers, tokens, moments)
     _collect(sums, processes)
-    return {layer: moment.compute() for layer, moment in sums.items()} if processes.is_first else {}
+    with processes.together():
+        return {layer: moment.compute() for layer, moment in sums.items()} if processes.is_first else {}
 
 
 def _collect(sums: dict[int, SecondMoment], processes: Processes) -> None:

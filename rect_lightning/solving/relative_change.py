@@ -27,10 +27,13 @@ _SAMPLE = 1 << 17
 def relative_change(update: Tensor, weight: Tensor) -> Tensor:
     """δ = |ΔW| / |W|, element-wise, in the update's shape and in at least fp32.
 
-    A change of a zero weight counts as infinitely large, no change of it as none.
+    A change of a zero weight counts as infinitely large, no change of it as none. A change that is nan stays nan.
     """
     update = update.to(torch.promote_types(update.dtype, torch.float32))
-    return (update / weight).abs_().nan_to_num_(nan=0.0, posinf=torch.inf)
+    delta = (update / weight).abs_()
+    if delta.sum().isnan():  # rare, and a sum is quick
+        delta.masked_fill_(update == 0, 0)
+    return delta
 
 
 def largest(delta: Tensor, keep: float) -> Tensor:

@@ -81,6 +81,41 @@ def test_several_at_once():
     assert changed(before, weights(module)) == {"layers.0.weight": 5, "layers.0.bias": 1, "layers.1.weight": 8}
 
 
+@pytest.mark.parametrize(
+    "other", [{"keep": 0.1}, {"every_n_steps": 3}, {"per": "all"}, {"scope": "run"}, {"start_step": 2}], ids=str
+)
+def test_two_of_the_same_parameters(other, tmp_path):
+    """Each with its own state, also after a stop."""
+    one, two = RECT(0.5), RECT(**({"keep": 0.5} | other))
+    fit(Model(adamw), one, two, steps=4).save_checkpoint(tmp_path / "a.ckpt")
+    states = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]
+    assert states.keys() == {one.state_key, two.state_key}
+
+
+def test_a_resumed_run_goes_on_with_the_first_steps_it_had(tmp_path):
+    """A tenth of the run as it was begun."""
+    fit(Model(adamw), RECT(scope="run"), steps=20).save_checkpoint(tmp_path / "a.ckpt")
+    resumed = RECT(scope="run")
+    fit(Model(adamw), resumed, steps=40, ckpt_path=tmp_path / "a.ckpt")
+    assert resumed.state_dict()["start"] == 2
+    assert resumed.state_dict()["steps"] == [40]
+    fit(Model(adamw), resumed, steps=30)
+    assert resumed.state_dict()["start"] == 3
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_a_gradient_s_scale_has_the_sign_of_the_change(maximize):
+    class Notes(Regulariser):
+        def regularise(self, changes):
+            self.seen = {c.name: c.before + c.scale * c.update for c in changes}
+            return {}
+
+    notes, module = Notes(), Model(lambda m: torch.optim.SGD(m.parameters(), 0.01, maximize=maximize))
+    fit(module, notes)
+    for name, weight in weights(module).items():
+        torch.testing.assert_close(weight, notes.seen[name])
+
+
 def test_every_n_steps_regularises_the_change_of_them_together():
     free, module, seen = Model(adamw), Model(adamw), Watch()
     fit(free, steps=5)  # the first two of which are left alone
@@ -109,6 +144,92 @@ def test_a_last_step_is_never_left_open(tmp_path):
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert_same(weights(module), saved)
     assert changed(before, saved)["layers.0.weight"] == round(0.4 * 48)
+
+
+class Stop(Callback):
+    """Ends a run after three steps."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "stops"),
+    [
+        ({"every_n_steps": 100}, [Stop]),
+        ({"scope": "run", "every_n_steps": 100, "start_step": 0}, [Stop]),
+        ({"scope": "run", "start_step": 100}, [Stop]),
+        ({"scope": "run", "start_step": 100}, []),
+    ],
+    ids=str,
+)
+def test_what_is_saved_at_the_end_of_an_epoch_is_regularised(options, stops, tmp_path):
+    """However the run ends, and whatever its length had to do with it."""
+    module, saving = Model(adamw), ModelCheckpoint(tmp_path, save_last=True)
+    before = weights(module)
+    callbacks = RECT(0.25, **options), *(stop() for stop in stops), saving
+    fit(module, *callbacks, steps=-1, max_epochs=1, enable_checkpointing=True)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert changed(before, saved)["layers.0.weight"] == 12
+    assert_same(weights(module), saved)
+
+
+def test_first_steps_are_left_alone_across_epochs():
+    seen = Watch()
+    fit(Model(adamw), RECT(0.25, scope="run", start_step=15), seen, steps=-1, max_epochs=2)
+    counts = [changed(seen.seen[0], w)["layers.0.weight"] for w in seen.seen]
+    assert counts == [0] + 15 * [48] + 5 * [12]
+
+
+@pytest.mark.parametrize("options", [{"every_n_steps": 100}, {"scope": "run", "start_step": 0, "every_n_steps": 100}])
+def test_what_is_validated_is_regularised(options):
+    class Validated(Model):
+        def val_dataloader(self):
+            return torch.utils.data.DataLoader(BATCHES[:4])
+
+        def on_validation_epoch_start(self):
+            if not self.trainer.sanity_checking:
+                counts.append(changed(before, weights(self))["layers.0.weight"])
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    module, counts = Validated(adamw), []
+    before = weights(module)
+    fit(module, RECT(0.25, **options), steps=6, val_check_interval=2)
+    assert len(counts) == 3
+    assert counts[0] == 12
+    assert counts == 3 * [12] if "scope" in options else max(counts) < 48
+
+
+def test_a_scaler_that_skips_the_last_step_leaves_none_open():
+    class Overflows(Model):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (torch.inf if self.trainer.is_last_batch else 1)
+
+        def on_train_epoch_end(self):
+            counts.append(changed(before, weights(self))["layers.0.weight"])
+
+    module, counts = Overflows(adamw), []
+    before = weights(module)
+    scaler = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=16))
+    fit(module, RECT(0.25, every_n_steps=100), steps=-1, max_epochs=1, plugins=scaler)
+    assert counts == [12]
+
+
+def test_an_editor_that_puts_its_weights_back_measures_what_is_left():
+    class Single(Model):
+        mode = "single"
+
+        def on_train_batch_end(self, *_):
+            counts.append(changed(before, weights(self))["layers.0.weight"])
+            self.load_state_dict(before)
+
+    for options in ({"every_n_steps": 2}, {"scope": "run", "every_n_steps": 2}, {"scope": "run", "start_step": 9}):
+        module, counts = Single(adamw), []
+        before = weights(module)
+        fit(module, RECT(0.25, **options), steps=5)
+        assert counts == 5 * [12], options
 
 
 @pytest.mark.parametrize(
@@ -232,6 +353,31 @@ def test_several_optimizers_by_manual_optimisation():
     assert len(module.seen) == 6
 
 
+@pytest.mark.parametrize("used_before", [False, True])
+def test_an_optimizer_that_calls_its_parent_s_step(used_before):
+    """Whose hooks torch calls as well, once there has been an optimizer of the parent's class."""
+
+    class Parent(torch.optim.AdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    class Child(Parent):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    weight.data += 0.01
+            return loss
+
+    if used_before:
+        Parent([torch.zeros(1, requires_grad=True)])
+    free, module = (Model(lambda m: Child(m.parameters(), 0.05)) for _ in range(2))
+    before = weights(module)
+    fit(free)
+    fit(module, RECT(0.3))
+    assert_same(weights(module), left(before, weights(free), 0.3))
+
+
 def test_refuses_steps_past_lightning():
     with pytest.raises(RuntimeError, match=r"self\.optimizers\(\)"):
         fit(Adversaries(raw=True), RECT())
@@ -275,6 +421,7 @@ def test_the_optimizer_is_left_as_it_was():
 
     done = fit(Model(adamw), RECT(), steps=2)
     assert not done.optimizers[0]._optimizer_step_post_hooks
+    assert not done.optimizers[0]._optimizer_step_pre_hooks
     failing = trainer(RECT(), Fails(), steps=3)
     with pytest.raises(KeyError, match="failed"):
         failing.fit(Model(adamw), torch.utils.data.DataLoader(BATCHES, batch_size=4))
@@ -312,6 +459,56 @@ def test_refuses_an_update_that_is_not_finite(optimizer):
             return super().training_step(batch, batch_idx) * torch.inf
 
     refused(Overflows(optimizer), RECT(), "not finite")
+
+
+def only(layer):
+    """AdamW over one layer."""
+    return lambda module: torch.optim.AdamW(module.layers[layer].parameters(), lr=0.05)
+
+
+def test_refuses_parameters_that_no_optimizer_has():
+    refused(Model(only(0)), RECT(parameters=["layers.1.*"]), r"No optimizer has any .* such as layers\.1\.weight")
+
+
+def test_warns_of_some_parameters_that_no_optimizer_had(recwarn):
+    fit(Model(only(0)), RECT(), steps=2)  # all that are trained, whichever these are
+    assert not [w for w in recwarn if "nothing to regularise" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"RECT had nothing to regularise in 1 of its 3 .* had: layers\.1\.weight\.$"):
+        fit(Model(only(0)), RECT(parameters=["layers.*"]), steps=2)
+
+
+def test_parameters_that_are_given_to_an_optimizer_later(recwarn):
+    class Unfreezes(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.before = weights(pl_module)
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.layers[1].requires_grad_(True)
+                trainer.optimizers[0].add_param_group({"params": pl_module.layers[1].parameters()})
+
+    module, unfreezes = Model(only(0)), Unfreezes()
+    module.layers[1].requires_grad_(False)
+    fit(module, RECT(0.5, parameters=["layers.1.*"]), unfreezes, steps=11)
+    assert changed(unfreezes.before, weights(module))["layers.1.weight"] == 8
+    assert not [w for w in recwarn if "nothing to regularise" in str(w.message)]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_refuses_weights_that_are_not_finite(value):
+    """Though their gradients are; nothing of such a step is hidden."""
+
+    class Breaks(torch.optim.AdamW):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            self.param_groups[0]["params"][-1].data[0, 0] = value
+            return loss
+
+    module = Model(lambda m: Breaks(m.parameters(), 0.05))
+    with pytest.raises(ValueError, match=r"made entries of layers\.1\.weight that are not finite"):
+        fit(module, RECT(0.3))
+    assert not module.layers[1].weight[0, 0].isfinite()
+    assert all(p.isfinite().all() for p in module.layers[0].parameters())
 
 
 def test_refuses_sparse_gradients():

@@ -38,6 +38,12 @@ def test_zero_weights_and_ties():
         assert torch.equal(rc.largest(delta, kept / 8), naive_mask(update, weight, kept / 8)), kept
 
 
+def test_a_change_that_is_no_number_stays_none():
+    delta = rc.relative_change(torch.tensor([torch.nan, 0.0, 0.0, torch.inf]), torch.tensor([1.0, 0.0, torch.nan, 2.0]))
+    assert delta[0].isnan()
+    assert delta[1:].tolist() == [0, 0, math.inf]
+
+
 @pytest.mark.parametrize("shape", ["distinct", "ties", "few values", "half zero", "infinite", "sorted"])
 def test_large_matrices_are_selected_exactly(shape, monkeypatch):
     monkeypatch.setattr(rc, "_SMALL", 1000)  # so that the sampling path runs, and misses its bracket, at test size
