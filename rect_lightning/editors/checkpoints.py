@@ -22,7 +22,9 @@ def save(editor: Editor, checkpoint: dict[str, Any]) -> None:
     for layer, weight in editor.unfinished.items():
         # in the middle of an operation, as where a scheduler's signal asks for a checkpoint: none of it has happened
         checkpoint["state_dict"][weight_name(editor, layer)] = weight
-    _rewind(checkpoint, editor.operations - editor.trainer.current_epoch * editor.trainer.num_training_batches)
+    each = editor.trainer.num_training_batches
+    if 0 < each < float("inf"):
+        _rewind(checkpoint, int(editor.operations - editor.trainer.current_epoch * each) % int(each))
     names = {weight_name(editor, layer) for layer in editor.layers}
     checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name in names}
     checkpoint[KEY] = editor.provenance()
@@ -108,12 +110,12 @@ def _check_continuation(editor: Editor, checkpoint: dict[str, Any]) -> None:
             "edit more, export it and take the folder as the base model."
         )
     data: Any = getattr(trainer, "datamodule", None)
-    handed_out = sum(state.get("handed_out", 0) for state in loop["state_dict"].get("combined_loader", []))
-    if handed_out and hasattr(data, "batch_size"):
-        begin = [request.id for request in data.requests[: handed_out * data.batch_size]]
+    made = loop["epoch_loop.batch_progress"]["current"]["processed"]
+    if made and hasattr(data, "batch_size"):
+        begin = [request.id for request in data.requests[: made * data.batch_size]]
         if begin != told["requests"][-len(begin) :]:
             raise ValueError(
-                f"This checkpoint has edited {_some(told['requests'])} in {handed_out} operations of this pass, but the data "
+                f"This checkpoint has edited {_some(told['requests'])} in {made} operations of this pass, but the data "
                 f"as configured begin with {_some(begin)}. Go on with the same data, order and batch_size."
             )
     was, now = told["config"], _config(editor)
@@ -131,9 +133,12 @@ def _some(ids: list[str]) -> str:
     return ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")
 
 
-def _rewind(checkpoint: dict[str, Any], operations: float) -> None:
-    """Let a resumed epoch begin after the operations that were completed: an unfinished or failed one is made again."""
+def _rewind(checkpoint: dict[str, Any], operations: int) -> None:
+    """Let a resumed epoch begin after its operations that were completed: an unfinished or failed one is made again.
+
+    Of a completed epoch these are none, since it is the next one that begins, also where a limit leaves out requests.
+    """
     loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
     for state in loop.get("combined_loader", []):
         if "handed_out" in state:
-            state["handed_out"] = int(min(state["handed_out"], operations))
+            state["handed_out"] = min(state["handed_out"], operations)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from rect_lightning.callbacks import RECT
 from rect_lightning.metrics import EditMetrics, evaluate
+from rect_lightning.solving.values import ValueSearch
 from tests import tiny
 from tests.editors.test_base import (
     _own_cache,
@@ -73,6 +74,41 @@ def test_a_checkpoint_in_the_middle_of_an_operation_holds_none_of_it(tmp_path):
     trainer().fit(resumed, datamodule=facts(tmp_path), ckpt_path=tmp_path / "middle.ckpt")
     assert resumed.done == ["a", "b", "c", "d"]
     assert identical(state(resumed), state(whole))
+
+
+class SavesAfterEach(Callback):
+    """Saves a checkpoint after each operation, and before each validation."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        trainer.save_checkpoint(self.folder / f"{pl_module.operations} after.ckpt")
+
+    def on_validation_start(self, trainer, pl_module):
+        trainer.save_checkpoint(self.folder / f"{pl_module.operations} measured.ckpt")
+
+
+@pytest.mark.parametrize("limit", [2, 1.0])
+def test_an_epoch_begins_with_the_first_request_wherever_the_run_was_stopped(tmp_path, limit):
+    quick = ValueSearch(steps=3, lr=0.5, weight_decay=0.0, clamp=10.0, kl=0.0)
+    options = {"max_epochs": 2, "limit_train_batches": limit}
+    whole = memit(tmp_path, search=quick)
+    fit(whole, facts(tmp_path), SavesAfterEach(tmp_path), **options)
+    assert whole.done == ["a", "b", "c", "d"][: 2 if limit == 2 else 4] * 2
+    saved = sorted(tmp_path.glob("*.ckpt"))
+    assert len(saved) == len(whole.done) + 2
+    for path in saved:
+        resumed = memit(tmp_path, search=quick)
+        trainer(**options).fit(resumed, datamodule=facts(tmp_path), ckpt_path=path)
+        assert resumed.done == whole.done, path
+        assert identical(state(resumed), state(whole)), path
+
+
+def test_a_whole_pass_is_not_gone_on_with_other_data(tmp_path):
+    fit(memit(tmp_path), facts(tmp_path, limit=2), SavesAfterEach(tmp_path))
+    with pytest.raises(ValueError, match="has edited a, b in 2 operations .* the data as configured begin with c"):
+        trainer().fit(memit(tmp_path), datamodule=facts(tmp_path, offset=2), ckpt_path=tmp_path / "2 measured.ckpt")
 
 
 def test_single_mode_puts_the_clean_weights_back_when_measuring_fails(tmp_path, monkeypatch):
