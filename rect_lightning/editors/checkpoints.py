@@ -7,21 +7,44 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from rect_lightning.checkpoint_io import KEY
+from rect_lightning.editors.undoing import regularisers
 from rect_lightning.provenance import options, versions
 
 if TYPE_CHECKING:
     from rect_lightning.editors.base import Editor
 
 
+class NoCheckpoints(Callback):
+    """Takes the place of a Trainer's checkpoint callbacks until the fit ends or fails."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._callbacks = trainer.callbacks
+        trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)] + [
+            self
+        ]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put them back."""
+        trainer.callbacks = self._callbacks  # type: ignore[attr-defined]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put them back."""
+        trainer.callbacks = self._callbacks  # type: ignore[attr-defined]
+
+
 def save(editor: Editor, checkpoint: dict[str, Any]) -> None:
     """Reduce a Lightning checkpoint to the edited weights, and add their provenance."""
-    for layer, weight in editor.unfinished.items():
+    weights = editor.swapped_out
+    if editor.unfinished is not None:
         # in the middle of an operation, as where a scheduler's signal asks for a checkpoint: none of it has happened
-        checkpoint["state_dict"][weight_name(editor, layer)] = weight
+        editor.unfinished.put_into(checkpoint)
+        weights = editor.unfinished.weights
+    checkpoint["state_dict"] |= {weight_name(editor, layer): weight for layer, weight in weights.items()}
     each = editor.trainer.num_training_batches
     if 0 < each < float("inf"):
         _rewind(checkpoint, int(editor.operations - editor.trainer.current_epoch * each) % int(each))
@@ -91,8 +114,7 @@ def _config(editor: Editor) -> dict[str, Any]:
         "editor": {name: value for name, value in options(editor).items() if name != "base"},
         "regularisers": [
             {"callback": f"{type(callback).__module__}.{type(callback).__qualname__}", **options(callback)}
-            for callback in getattr(trainer, "callbacks", [])
-            if type(callback).on_before_optimizer_step is not Callback.on_before_optimizer_step
+            for callback in regularisers(trainer)
         ],
         "data": {} if data is None else options(data),
         "precision": None if trainer is None else str(trainer.precision),
