@@ -50,7 +50,7 @@ def save(editor: Editor, checkpoint: dict[str, Any]) -> None:
         _rewind(checkpoint, int(editor.operations - editor.trainer.current_epoch * each) % int(each))
     names = {weight_name(editor, layer) for layer in editor.layers}
     checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name in names}
-    checkpoint[KEY] = editor.provenance()
+    checkpoint[KEY] = editor.provenance() | {"sha256": None}  # for the writer to fill in, if it does
 
 
 def load(editor: Editor, checkpoint: dict[str, Any]) -> None:
