@@ -61,6 +61,7 @@ class EditCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: There is none.
+            IsADirectoryError: It is a folder.
             ValueError: It is truncated, damaged, or holds other than tensors and plain values.
         """
         return _read(path, map_location)
@@ -71,6 +72,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is none.
+        IsADirectoryError: It is a folder.
         ValueError: It is truncated, damaged or foreign.
     """
     checkpoint = _read(path, "cpu")
@@ -107,6 +109,10 @@ def _read(path: Any, map_location: Any) -> dict[str, Any]:
     files = get_filesystem(path)
     if not files.exists(str(path)):
         raise FileNotFoundError(f"There is no checkpoint {path}.{_others(path)}")
+    if files.isdir(str(path)):
+        within = sorted(file.name for file in Path(path).glob("*.ckpt"))
+        such = f", such as {within[-1]}" if within else ""
+        raise IsADirectoryError(f"{path} is a folder: name a checkpoint in it{such}.")
     try:
         with files.open(str(path), "rb") as file:
             checkpoint = torch.load(file, map_location=map_location, weights_only=True)

@@ -112,6 +112,12 @@ def test_a_checkpoint_that_is_not_there(tmp_path, path):
         read_checkpoint(tmp_path / "other.ckpt")
 
 
+def test_a_folder_is_no_checkpoint(path):
+    for read in (read_checkpoint, EditCheckpointIO().load_checkpoint):
+        with pytest.raises(IsADirectoryError, match=r"is a folder.*name a checkpoint in it, such as some\.ckpt"):
+            read(path.parent)
+
+
 class Malicious:
     """Unpickling this creates a file."""
 

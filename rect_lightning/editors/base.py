@@ -251,6 +251,7 @@ class Editor(LightningModule, ABC):
                 self._step(self._updates_of_all_layers(batch, state))
         self.operations += 1
         self.done += [request.id for request in batch]
+        self.results = {"before": {}, "after": {}}  # what was measured is of the model before this operation
         self.log("edit/seconds", time.perf_counter() - start, batch_size=len(batch))
         self.log("edit/requests", float(len(self.done)), batch_size=len(batch), prog_bar=True)
         for layer in self.layers:
