@@ -178,8 +178,11 @@ def main(args: ArgsType = None) -> None:
                 "init_args": {"save_dir": "runs", "name": None},
             },
             "callbacks": [
-                # no version counter: in a folder that is used again, `edited` belongs to the rest of what lies there
-                ModelCheckpoint(filename="edited", save_last=True, enable_version_counter=False),
+                # no version counter: in a folder that is used again, `edited` belongs to the rest of what lies there;
+                # by itself it saves only after validation, where that is not at the end of each epoch
+                ModelCheckpoint(
+                    filename="edited", save_last=True, save_on_train_epoch_end=True, enable_version_counter=False
+                ),
                 RunningCheckpoint(),
                 Summary(),
             ],

@@ -56,6 +56,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists already and is left as it is: name a new folder.")
+    path = path.resolve()  # "." has no name to put another beside
     partial = path.with_name(path.name + PARTIAL)
     with _telling_of_a_full_disk(path):
         shutil.rmtree(partial, ignore_errors=True)  # of a killed writer

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def load_edited(path: str | Path, *, base: "str | Source | PreTrainedModel | None" = None) -> "PreTrainedModel":
+def load_edited(path: str | Path, *, base: "str | Path | Source | PreTrainedModel | None" = None) -> "PreTrainedModel":
     """The edited model, as a plain Hugging Face model in fp32 and eval mode.
 
     Its tokenizer: ``AutoTokenizer.from_pretrained(model.name_or_path)``.
@@ -32,14 +32,16 @@ def load_edited(path: str | Path, *, base: "str | Source | PreTrainedModel | Non
     Args:
         path: A run's checkpoint, a patch, or a folder that `export` or `apply` wrote.
         base: The base model: a name, folder or `Source`, or the model itself, which is then edited in place. By default
-            the one that the file names. Not for folders.
+            the one that the file names. Not for folders, which are whole models.
 
     Raises:
         FileNotFoundError: There is no such file, or the base model is not where it was.
-        ValueError: The file is damaged or foreign, or the base model is another one.
+        ValueError: The file is damaged or foreign, or the base model is another one or given for a folder.
     """
     path = Path(path).expanduser()
     if path.is_dir():
+        if base is not None:
+            raise ValueError(f"{path} is a whole model already; leave base out.")
         return Source(name=str(path)).pretrained()[0]
     if path.suffix == ".safetensors":
         patch = Patch.load(path)
@@ -165,14 +167,14 @@ def revert(folder: Path, to: Path) -> None:
 # What they share -----------------------------------------------------------------------------------------------------
 
 
-def _base(told: Mapping[str, Any], given: "str | Source | PreTrainedModel | None") -> tuple[Any, Any]:
+def _base(told: Mapping[str, Any], given: "str | Path | Source | PreTrainedModel | None") -> tuple[Any, Any]:
     """The base model and its tokenizer: the one that is given, or the one that provenance names."""
     if given is None:
         base = dict(told["base"])
         commit = base.pop("commit", None)
         source = Source(**base | {"revision": base["revision"] or commit})
-    elif isinstance(given, str):
-        source = Source(name=given)
+    elif isinstance(given, str | Path):
+        source = Source(name=str(given))
     elif isinstance(given, Source):
         source = given
     else:
@@ -207,7 +209,7 @@ def _check_top(network: "PreTrainedModel", stack: list[Patch], state: str) -> No
 
 
 def _check_free(to: Path) -> None:
-    if to.exists() and (to.suffix == ".safetensors" or any(to.iterdir())):
+    if to.exists() and (to.suffix == ".safetensors" or not to.is_dir() or any(to.iterdir())):
         raise FileExistsError(f"{to} exists already and is left as it is: name a new one.")
 
 

@@ -6,7 +6,10 @@ import io
 import os
 import pickle
 import random
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ def a_checkpoint(seed=0):
     """What an editor's checkpoint is like, small enough for many broken copies."""
     torch.manual_seed(seed)
     told = {"fingerprint": "f" * 64, "requests": ["a", "b"], "operations": 2, "strength": 0.5, "base": {"name": "x"}}
+    told["sha256"] = None
     loops = {"fit_loop": {"state_dict": {"combined_loader": [{"handed_out": 2}]}}}
     return {"state_dict": {"network.w": torch.randn(8, 20)}, "loops": loops, "epoch": 0, "rect_lightning": told}
 
@@ -35,8 +39,7 @@ def path(tmp_path):
 
 
 def same(a, b):
-    told = {key: value for key, value in b["rect_lightning"].items() if key != "sha256"}
-    return content_digest(a) == content_digest(b | {"rect_lightning": told})
+    return content_digest(a) == content_digest(b | {"rect_lightning": b["rect_lightning"] | {"sha256": None}})
 
 
 # Integrity -----------------------------------------------------------------------------------------------------------
@@ -107,6 +110,12 @@ def test_a_foreign_file_is_refused(path, content):
 def test_a_checkpoint_that_is_not_there(tmp_path, path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*other\.ckpt\. Beside it: some\.ckpt"):
         read_checkpoint(tmp_path / "other.ckpt")
+
+
+def test_a_folder_is_no_checkpoint(path):
+    for read in (read_checkpoint, EditCheckpointIO().load_checkpoint):
+        with pytest.raises(IsADirectoryError, match=r"is a folder.*name a checkpoint in it, such as some\.ckpt"):
+            read(path.parent)
 
 
 class Malicious:
@@ -181,13 +190,45 @@ def test_any_other_failure_is_told_as_it_is(path):
     assert path.read_bytes() == before
 
 
-def test_what_a_killed_writer_left_is_removed(path):
-    left = path.with_name("other.ckpt.partial")
-    left.write_text("half")
-    path.with_name("mine.partial").write_text("not a checkpoint's")
-    EditCheckpointIO().save_checkpoint(a_checkpoint(1), path)
-    assert sorted(os.listdir(path.parent)) == ["mine.partial", "some.ckpt"]
-    assert same(a_checkpoint(1), read_checkpoint(path))
+@pytest.mark.parametrize("name", ["some.ckpt", "without_suffix"])
+def test_what_a_killed_writer_left_of_the_same_file_is_removed_and_nothing_else(path, name):
+    path.with_name(f"{name}.partial").write_text("half")
+    others = ["another_run_s.ckpt.partial", "download.iso.partial"]
+    for other in others:
+        path.with_name(other).write_text("not this file's")
+    EditCheckpointIO().save_checkpoint(a_checkpoint(1), path.with_name(name))
+    assert sorted(os.listdir(path.parent)) == sorted({*others, "some.ckpt", name})
+    assert same(a_checkpoint(1), read_checkpoint(path.with_name(name)))
+
+
+def test_an_object_is_refused_by_name_when_it_is_written_and_the_old_file_stays(path):
+    before = path.read_bytes()
+    holds = {"callbacks": {"Fine": {"n": 1}, "Mine": {"n": 2, "folder": Path("x")}}}
+    with pytest.raises(ValueError, match=r"some\.ckpt.*callbacks → Mine → folder is a (Posix|Windows)Path"):
+        EditCheckpointIO().save_checkpoint(a_checkpoint() | holds, path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["some.ckpt"]
+
+
+def test_a_set_is_the_same_in_another_process(path):
+    content = a_checkpoint() | {"callbacks": {"Mine": {"seen": {f"request {n}" for n in range(20)}}}}
+    EditCheckpointIO().save_checkpoint(content, path)
+    assert same(content, read_checkpoint(path))
+    code = "import sys; from rect_lightning.checkpoint_io import read_checkpoint; read_checkpoint(sys.argv[1])"
+    for seed in ("1", "2"):
+        subprocess.run([sys.executable, "-c", code, str(path)], env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+
+
+def test_a_file_of_another_writer_has_no_checksum_and_is_read_with_a_remark(path, caplog):
+    torch.save(a_checkpoint(), path)
+    with caplog.at_level("WARNING"):
+        assert same(a_checkpoint(), read_checkpoint(path))
+    assert "some.ckpt carries no checksum" in caplog.text
+    content = a_checkpoint()
+    del content["rect_lightning"]["sha256"]
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"some\.ckpt is damaged"):
+        read_checkpoint(path)
 
 
 # In a Trainer --------------------------------------------------------------------------------------------------------
@@ -202,9 +243,12 @@ def test_a_plugin_of_the_user_s_stays(tmp_path):
     class Mine(TorchCheckpointIO):
         pass
 
-    run = trainer(plugins=[Mine()])
-    run.fit(memit(tmp_path), datamodule=facts(tmp_path, limit=1))
+    editor, run = memit(tmp_path), trainer(plugins=[Mine()])
+    run.fit(editor, datamodule=facts(tmp_path, limit=1))
     assert type(run.strategy.checkpoint_io) is Mine
+    run.save_checkpoint(tmp_path / "mine.ckpt")
+    saved = read_checkpoint(tmp_path / "mine.ckpt")["state_dict"]
+    assert all(torch.equal(weight, editor.state_dict()[name]) for name, weight in saved.items())
 
 
 def test_another_module_s_checkpoint_is_kept_unchanged(tmp_path):

@@ -377,6 +377,14 @@ def test_a_finished_run_is_measured(after_fit):
     assert (run / "metrics.json").read_text() == (first / "metrics.json").read_text()
 
 
+def test_what_the_last_validation_did_not_see_is_saved_and_measured_all_the_same(here):
+    main(["fit", "--config", "tiny.yaml", "--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "2"])
+    saved = here / "runs" / "version_0"
+    assert checkpoint(saved)["rect_lightning"]["operations"] == 6
+    main(["validate", "--config", "tiny.yaml", "--ckpt_path", str(saved / "checkpoints" / "last.ckpt")])
+    assert (newest(here) / "metrics.json").read_text() == (saved / "metrics.json").read_text()
+
+
 def test_a_run_that_was_stopped_while_measuring_goes_on(here, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("rect_lightning.editors.measure.evaluate", lambda *_, **__: 1 / 0)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_load_edited_from_a_base_that_is_elsewhere(made, here):
     folder, states = made
     shutil.copytree(folder / "base", here / "moved")
     given = Source(name=str(folder / "base")).pretrained()[0]
-    for base in (str(here / "moved"), Source(name=str(here / "moved")), given):
+    for base in (str(here / "moved"), here / "moved", Source(name=str(here / "moved")), given):
         assert same(load_edited(folder / "one.ckpt", base=base).state_dict(), states["one"])
     assert same(given.state_dict(), states["one"]), "in place"
 
@@ -110,6 +111,12 @@ def test_the_wrong_base_is_refused_by_name_and_left_as_it_was(made, here):
     with pytest.raises(ValueError, match=rf"one\.ckpt edits {folder}/base \(weights \w+\); .* has weights \w+"):
         load_edited(folder / "one.ckpt", base=other)
     assert identical(before, dict(other.state_dict()))
+
+
+def test_a_folder_is_whole_and_takes_no_base(made, here):
+    folder, _ = made
+    with pytest.raises(ValueError, match=r"base is a whole model already; leave base out"):
+        load_edited(folder / "base", base="nonsense")
 
 
 def test_a_base_that_has_gone_is_named(made, here):
@@ -170,12 +177,18 @@ def test_an_export_in_bf16_says_what_it_loses(made, here, caplog):
         revert(here / "edited", here / "back")
 
 
-@pytest.mark.parametrize("to", ["edited", "p.safetensors"])
+def test_an_export_into_the_empty_folder_that_one_is_in(made, here):
+    folder, states = made
+    export(folder / "one.ckpt", Path())
+    assert same(state_of(here), states["one"])
+
+
+@pytest.mark.parametrize("to", ["edited", "p.safetensors", "plain"])
 def test_what_is_there_already_is_left_alone(made, here, monkeypatch, to):
     folder, _ = made
     monkeypatch.setattr(Source, "pretrained", lambda *_: pytest.fail("the model is loaded"))
     there = here / to
-    if there.suffix:
+    if to != "edited":
         there.write_text("mine")
     else:
         there.mkdir()

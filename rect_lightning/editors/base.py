@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -19,6 +18,7 @@ from rect_lightning.checkpoint_io import EditCheckpointIO
 from rect_lightning.data.request import EditRequest
 from rect_lightning.editors import checkpoints
 from rect_lightning.editors.measure import Measurement, prose_path, with_perplexity
+from rect_lightning.editors.undoing import Beginning
 from rect_lightning.metrics import check_requests
 from rect_lightning.models import Adapter, Source, adapter_for
 from rect_lightning.models.fingerprint import weights_fingerprint
@@ -83,8 +83,8 @@ class Editor(LightningModule, ABC):
         self.clean: dict[int, Tensor] = {}
         self.operations = 0
         self.done: list[str] = []
-        self.unfinished: dict[int, Tensor] = {}  # while an operation is under way, the weights before it
-        self._put_aside: list[Checkpoint] = []
+        self.unfinished: Beginning | None = None  # while an operation is under way, what it began with
+        self.swapped_out: dict[int, Tensor] = {}  # while the clean weights are in place, the edited ones
         self.prose = prose
         self.measurement = Measurement()
         self.results: dict[str, dict[str, float]] = {"before": {}, "after": {}}
@@ -139,7 +139,7 @@ class Editor(LightningModule, ABC):
             raise TypeError(f"The model has weights in {', '.join(map(str, mixed))} besides fp32: load all in float32.")
         self.adapter = adapter
         self.network = network
-        self.operations, self.done, self.unfinished = 0, [], {}
+        self.operations, self.done, self.unfinished = 0, [], None
         self.fingerprint = weights_fingerprint(network)
         self.clean = {layer: adapter.weight(layer).detach().clone() for layer in self.layers}
 
@@ -158,6 +158,7 @@ class Editor(LightningModule, ABC):
     def clean_weights(self) -> Iterator[None]:
         """Inside, the model has its clean weights. What it had comes back at the end; nothing is copied."""
         edited = {layer: self.model.weight(layer).data for layer in self.layers}
+        outer, self.swapped_out = self.swapped_out, self.swapped_out or edited
         for layer in self.layers:
             self.clean[layer] = self.clean[layer].to(edited[layer].device)
             self.model.weight(layer).data = self.clean[layer]
@@ -166,6 +167,7 @@ class Editor(LightningModule, ABC):
         finally:
             for layer in self.layers:
                 self.model.weight(layer).data = edited[layer]
+            self.swapped_out = outer
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -203,8 +205,7 @@ class Editor(LightningModule, ABC):
         if self.mode == "single" or trainer.fast_dev_run:
             # single: each operation's weights are gone after it, so a checkpoint could only hold the base model;
             # fast_dev_run: none is wanted, but Lightning's save_last writes one
-            self._put_aside = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoint)]
-            trainer.callbacks = [callback for callback in trainer.callbacks if callback not in self._put_aside]
+            checkpoints.NoCheckpoints(trainer)
         if self.mode == "single":
             self.measurement = Measurement()
             rank_zero_info(
@@ -250,6 +251,7 @@ class Editor(LightningModule, ABC):
                 self._step(self._updates_of_all_layers(batch, state))
         self.operations += 1
         self.done += [request.id for request in batch]
+        self.results = {"before": {}, "after": {}}  # what was measured is of the model before this operation
         self.log("edit/seconds", time.perf_counter() - start, batch_size=len(batch))
         self.log("edit/requests", float(len(self.done)), batch_size=len(batch), prog_bar=True)
         for layer in self.layers:
@@ -301,15 +303,14 @@ class Editor(LightningModule, ABC):
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        self.unfinished = {layer: self.model.weight(layer).detach().clone() for layer in self.layers}
+        self.unfinished = beginning = Beginning(self)
         try:
             yield
         except BaseException:
-            for layer, weight in self.unfinished.items():
-                self.model.weight(layer).data.copy_(weight)
+            beginning.put_back(self)
             raise
         finally:
-            self.unfinished = {}
+            self.unfinished = None
 
     def _full_precision(self) -> torch.autocast:
         """Keys, moments and solves are computed as written, whatever the Trainer's precision."""
@@ -334,9 +335,6 @@ class Editor(LightningModule, ABC):
 
     def on_fit_end(self) -> None:
         """Refuse to pass off the base model as an edited one."""
-        if self._put_aside:
-            self.trainer.callbacks += self._put_aside  # type: ignore[attr-defined]
-            self._put_aside = []
         if self.mode == "sequential":
             self._refuse_unchanged()
         elif not self.operations:

@@ -7,25 +7,50 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from rect_lightning.checkpoint_io import KEY
+from rect_lightning.editors.undoing import regularisers
 from rect_lightning.provenance import options, versions
 
 if TYPE_CHECKING:
     from rect_lightning.editors.base import Editor
 
 
+class NoCheckpoints(Callback):
+    """Takes the place of a Trainer's checkpoint callbacks until the fit ends or fails."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._callbacks = trainer.callbacks
+        trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)] + [
+            self
+        ]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put them back."""
+        trainer.callbacks = self._callbacks  # type: ignore[attr-defined]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put them back."""
+        trainer.callbacks = self._callbacks  # type: ignore[attr-defined]
+
+
 def save(editor: Editor, checkpoint: dict[str, Any]) -> None:
     """Reduce a Lightning checkpoint to the edited weights, and add their provenance."""
-    for layer, weight in editor.unfinished.items():
+    weights = editor.swapped_out
+    if editor.unfinished is not None:
         # in the middle of an operation, as where a scheduler's signal asks for a checkpoint: none of it has happened
-        checkpoint["state_dict"][weight_name(editor, layer)] = weight
-    _rewind(checkpoint, editor.operations - editor.trainer.current_epoch * editor.trainer.num_training_batches)
+        editor.unfinished.put_into(checkpoint)
+        weights = editor.unfinished.weights
+    checkpoint["state_dict"] |= {weight_name(editor, layer): weight for layer, weight in weights.items()}
+    each = editor.trainer.num_training_batches
+    if 0 < each < float("inf"):
+        _rewind(checkpoint, int(editor.operations - editor.trainer.current_epoch * each) % int(each))
     names = {weight_name(editor, layer) for layer in editor.layers}
     checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name in names}
-    checkpoint[KEY] = editor.provenance()
+    checkpoint[KEY] = editor.provenance() | {"sha256": None}  # for the writer to fill in, if it does
 
 
 def load(editor: Editor, checkpoint: dict[str, Any]) -> None:
@@ -89,8 +114,7 @@ def _config(editor: Editor) -> dict[str, Any]:
         "editor": {name: value for name, value in options(editor).items() if name != "base"},
         "regularisers": [
             {"callback": f"{type(callback).__module__}.{type(callback).__qualname__}", **options(callback)}
-            for callback in getattr(trainer, "callbacks", [])
-            if type(callback).on_before_optimizer_step is not Callback.on_before_optimizer_step
+            for callback in regularisers(trainer)
         ],
         "data": {} if data is None else options(data),
         "precision": None if trainer is None else str(trainer.precision),
@@ -108,12 +132,12 @@ def _check_continuation(editor: Editor, checkpoint: dict[str, Any]) -> None:
             "edit more, export it and take the folder as the base model."
         )
     data: Any = getattr(trainer, "datamodule", None)
-    handed_out = sum(state.get("handed_out", 0) for state in loop["state_dict"].get("combined_loader", []))
-    if handed_out and hasattr(data, "batch_size"):
-        begin = [request.id for request in data.requests[: handed_out * data.batch_size]]
+    made = loop["epoch_loop.batch_progress"]["current"]["processed"]
+    if made and hasattr(data, "batch_size"):
+        begin = [request.id for request in data.requests[: made * data.batch_size]]
         if begin != told["requests"][-len(begin) :]:
             raise ValueError(
-                f"This checkpoint has edited {_some(told['requests'])} in {handed_out} operations of this pass, but the data "
+                f"This checkpoint has edited {_some(told['requests'])} in {made} operations of this pass, but the data "
                 f"as configured begin with {_some(begin)}. Go on with the same data, order and batch_size."
             )
     was, now = told["config"], _config(editor)
@@ -131,9 +155,12 @@ def _some(ids: list[str]) -> str:
     return ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")
 
 
-def _rewind(checkpoint: dict[str, Any], operations: float) -> None:
-    """Let a resumed epoch begin after the operations that were completed: an unfinished or failed one is made again."""
+def _rewind(checkpoint: dict[str, Any], operations: int) -> None:
+    """Let a resumed epoch begin after its operations that were completed: an unfinished or failed one is made again.
+
+    Of a completed epoch these are none, since it is the next one that begins, also where a limit leaves out requests.
+    """
     loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
     for state in loop.get("combined_loader", []):
         if "handed_out" in state:
-            state["handed_out"] = int(min(state["handed_out"], operations))
+            state["handed_out"] = min(state["handed_out"], operations)

@@ -49,7 +49,7 @@ def tensor_digest(name: str, tensor: Tensor) -> bytes:
 
 
 def content_digest(content: Any) -> str:
-    """The SHA-256 of nested dicts and lists of tensors and plain values, in order, as 64 hex digits."""
+    """The SHA-256 of nested dicts, lists and sets of tensors and plain values, in order, as 64 hex digits."""
     digest = hashlib.sha256()
     _feed(digest, content)
     return digest.hexdigest()
@@ -58,8 +58,10 @@ def content_digest(content: Any) -> str:
 def _feed(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(tensor_digest("", value))
-    elif isinstance(value, dict | list | tuple):
+    elif isinstance(value, dict | list | tuple | set | frozenset):
         items = [*value.items()] if isinstance(value, dict) else value
+        if isinstance(value, set | frozenset):
+            items = sorted(value, key=content_digest)  # their own order differs from process to process
         digest.update(f"{type(value).__name__}({len(items)}:".encode())
         for item in items:
             _feed(digest, item)

@@ -268,7 +268,7 @@ def _restore(sums: dict[int, SecondMoment], state: Path | None, header: dict[str
     """Fill the sums from a saved state; how many rows of the text are in them."""
     if state is None:
         return 0
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         totals, written = moment_files.read(state)
         rows, count = written.pop("rows"), written.pop("count")
         if written == header and totals.keys() == {str(layer) for layer in sums}:

@@ -210,6 +210,8 @@ def test_state_of_other_weights_is_not_used(tiny: Adapter, text: Moments, tmp_pa
     assert sums[1].count == 0
     assert module._restore(sums, path, {"fingerprint": "f"}) == 4
     assert sums[1].count == 64
+    module.moment_files.write(path, totals, {"fingerprint": "f", "count": 64})
+    assert module._restore(sums, path, {"fingerprint": "f"}) == 0, "it does not tell its rows"
 
 
 def _computes(moments: Moments, cache: Path, log: Path, start: object) -> None:
