@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
+from torch import distributed
 
 from rect_lightning import reuse
 from rect_lightning.cache import cache_dir
@@ -133,6 +134,9 @@ def run() -> None:
         if not _is_refusal(error):
             raise
         sys.exit("\n".join([f"{type(error).__name__}: {reason(str(error))}", *getattr(error, "__notes__", [])]))
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # its threads would be cut off by the end of the process
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -34,6 +34,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         try:
             yield partial
             _sync(partial)
+            partial.chmod(_mode())
             os.replace(partial, path)
             _sync(path.parent)
         finally:
@@ -65,10 +66,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
             yield partial
             for inside in (*partial.rglob("*"), partial):
                 _sync(inside)
+                if inside.is_file():
+                    inside.chmod(_mode())
             os.replace(partial, path)
             _sync(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _mode() -> int:
+    """What new files are meant to be readable by; safetensors makes them private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 @contextmanager

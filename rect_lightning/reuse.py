@@ -17,6 +17,7 @@ from rect_lightning.durable import whole_folder
 from rect_lightning.models.fingerprint import weights_fingerprint
 from rect_lightning.models.source import Source
 from rect_lightning.patches import Change, Patch, stacked
+from rect_lightning.runs import of_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ def load_edited(path: str | Path, *, base: "str | Path | Source | PreTrainedMode
     Its tokenizer: ``AutoTokenizer.from_pretrained(model.name_or_path)``.
 
     Args:
-        path: A run's checkpoint, a patch, or a folder that `export` or `apply` wrote.
+        path: A run folder or its checkpoint, a patch, or a folder that `export` or `apply` wrote.
         base: The base model: a name, folder or `Source`, or the model itself, which is then edited in place. By default
             the one that the file names. Not for folders, which are whole models.
 
@@ -38,7 +39,7 @@ def load_edited(path: str | Path, *, base: "str | Path | Source | PreTrainedMode
         FileNotFoundError: There is no such file, or the base model is not where it was.
         ValueError: The file is damaged or foreign, or the base model is another one or given for a folder.
     """
-    path = Path(path).expanduser()
+    path = of_run(Path(path).expanduser())
     if path.is_dir():
         if base is not None:
             raise ValueError(f"{path} is a whole model already; leave base out.")
@@ -69,7 +70,7 @@ def export(
     back. The base model is not changed.
 
     Args:
-        checkpoint: The run's checkpoint.
+        checkpoint: The run's checkpoint, or its run folder.
         to: A new folder; or a file that ends in .safetensors, for a patch.
         base: The base model's name or folder, if it is not where it was during the run.
         dtype: The folder's dtype. Other than float32 rounds, small updates away to nothing, and cannot be reverted.
@@ -81,6 +82,7 @@ def export(
         OSError: The disk is full.
     """
     _check_free(to)
+    checkpoint = of_run(checkpoint)
     loaded = read_checkpoint(checkpoint)
     told = loaded[KEY]
     network, tokenizer = _base(told, base)

@@ -29,12 +29,36 @@ def last_checkpoint(folders: Iterable[Path]) -> Path:
         raise FileNotFoundError(
             f"There is no checkpoint to go on from in {where}. Leave --ckpt_path out to begin anew, or name a file."
         )
-    newest, *older = sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    newest, *older = sorted(found, key=_written, reverse=True)
+    for run in {path.parent for folder in folders for path in folder.rglob("config.yaml")}:
+        if _written(run / "config.yaml") > _written(newest) and not list(run.rglob("*.ckpt")):
+            _log.warning("%s is newer than the checkpoint that is taken, but has none.", run)
     if (ailment := _ailment(newest)) is None:
         return newest
     whole = next((path for path in older if _ailment(path) is None), None)
     hint = "No older one is whole." if whole is None else f"The next older one is whole: --ckpt_path {whole}"
     raise ValueError(f"The newest checkpoint cannot be used. {ailment} {hint}")
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def of_run(path: Path) -> Path:
+    """A checkpoint, or of a run folder the one of its edited model.
+
+    Raises:
+        FileNotFoundError: The run folder has none.
+    """
+    if not (path / "config.yaml").is_file():
+        return path
+    last = path / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        raise FileNotFoundError(
+            f"The run folder {path} has no checkpoints/last.ckpt: single mode leaves none, and a run that was broken off has "
+            "at most a running.ckpt."
+        )
+    return last
 
 
 def _ailment(path: Path) -> str | None:

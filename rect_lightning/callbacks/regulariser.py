@@ -56,8 +56,8 @@ class Regulariser(Callback, ABC):
         self,
         *,
         scope: Literal["step", "run"] = "step",
-        parameters: list[str] | None = None,
-        modules: list[str] | None = None,
+        parameters: str | list[str] | None = None,
+        modules: str | list[str] | None = None,
         every_n_steps: int = 1,
         start_step: int | None = None,
     ) -> None:
@@ -68,7 +68,9 @@ class Regulariser(Callback, ABC):
             raise ValueError(
                 f"every_n_steps is at least 1 and start_step at least 0; got {every_n_steps} and {start_step}."
             )
-        self.scope, self.parameters, self.modules = scope, parameters, modules
+        self.scope = scope
+        self.parameters = [parameters] if isinstance(parameters, str) else parameters
+        self.modules = [modules] if isinstance(modules, str) else modules
         self.every_n_steps, self.start_step = every_n_steps, start_step
         self._start = -1  # while it is not known
         self._names: dict[Parameter, str] = {}

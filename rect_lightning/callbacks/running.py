@@ -1,6 +1,8 @@
 """Something to go on from while a long run is under way."""
 
 import contextlib
+import logging
+import math
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -9,9 +11,11 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+_log = logging.getLogger(__name__)
+
 
 class RunningCheckpoint(ModelCheckpoint):
-    """Write ``running.ckpt`` between edit operations: from time to time, before measuring, and when a run is broken off.
+    """Write ``running.ckpt`` after the first edit operation, from time to time, before measuring, and when a run is broken off.
 
     Lightning's ``ModelCheckpoint`` ignores its own ``train_time_interval`` under manual optimisation.
 
@@ -27,8 +31,8 @@ class RunningCheckpoint(ModelCheckpoint):
         self._step = 0  # what
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock; what a resumed run begins with is saved already."""
-        self._saved, self._step = time.monotonic(), trainer.global_step
+        """The first operation is saved at once, so that there is something to go on from."""
+        self._saved, self._step = -math.inf, trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -51,8 +55,13 @@ class RunningCheckpoint(ModelCheckpoint):
         if trainer.state.fn == "fit" and trainer.global_step > self._step and trainer.world_size == 1:
             with contextlib.suppress(Exception):
                 self._save(trainer)
+                _log.info("What was done until then is in %s; go on with --ckpt_path last.", self._path)
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(Path(str(self.dirpath)) / "running.ckpt")
+            trainer.save_checkpoint(self._path)
             self._saved, self._step = time.monotonic(), trainer.global_step
+
+    @property
+    def _path(self) -> Path:
+        return Path(str(self.dirpath)) / "running.ckpt"
