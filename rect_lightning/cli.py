@@ -134,7 +134,7 @@ def run() -> None:
         if not _is_refusal(error):
             raise
         sys.exit("\n".join([f"{type(error).__name__}: {reason(str(error))}", *getattr(error, "__notes__", [])]))
-    finally:
+    else:
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()  # its threads would be cut off by the end of the process
 

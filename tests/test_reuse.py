@@ -342,3 +342,24 @@ def test_a_refusal_is_a_line(made, here, monkeypatch):
     monkeypatch.setattr("sys.argv", ["rect_lightning", "export", "some.ckpt", "edited"])
     with pytest.raises(SystemExit, match=r"^ValueError: some\.ckpt cannot be read"):
         cli.run()
+
+
+def test_a_run_folder_stands_for_its_checkpoint(made, here):
+    folder, edited = made
+    run = here / "version_0"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"version_0 has no checkpoints/last\.ckpt"):
+        export(run, here / "edited")
+    shutil.copy(folder / "one.ckpt", run / "checkpoints" / "last.ckpt")
+    export(run, here / "edited")
+    assert same(state_of(here / "edited"), {k: v for k, v in load_edited(run).state_dict().items()})
+
+
+def test_what_is_written_is_as_readable_as_other_files(made, here):
+    folder, _ = made
+    (here / "plain").write_text("")
+    export(folder / "one.ckpt", here / "p.safetensors")
+    export(folder / "one.ckpt", here / "edited")
+    written = [here / "p.safetensors", *(path for path in (here / "edited").rglob("*") if path.is_file())]
+    assert {path.stat().st_mode for path in written} == {(here / "plain").stat().st_mode}
