@@ -12,6 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 T = TypeVar("T")
+U = TypeVar("U")
 Rows = TypeVar("Rows")
 
 
@@ -56,6 +57,18 @@ class Processes:
             found: Any = compute(self.mine(items) or items[:1])
         names = [part.name for part in fields(found)]
         return type(found)(**{name: self._gather(getattr(found, name), len(items)) for name in names})
+
+    def collect(self, items: Sequence[T], compute: Callable[[Sequence[T]], Sequence[U]]) -> list[U]:
+        """Share out items, and give every process what comes of all of them, in order.
+
+        Args:
+            items: The same ones in every process, any number.
+            compute: Gives one thing an item, of any kind that can be pickled, in the order of the items.
+        """
+        with self.together():
+            found = list(compute(self.mine(items)))
+        parts: list[Any] = self._tell(found)
+        return [parts[i % self.count][i // self.count] for i in range(len(items))]
 
     @contextmanager
     def together(self) -> Iterator[None]:
