@@ -60,26 +60,29 @@ class CoNLL2003(PromptTask):
             there.append(float(len(entities) if entities else not said or kind == "MISC"))
         return Ratio(tuple(found), tuple(there))
 
-    def parse(self, record: Record, texts: Sequence[str]) -> list[str] | None:
-        """Tags of the words, and of one word more for each thing listed that is not there.
+    def parse(self, record: Record, texts: Sequence[str]) -> dict[str, list[str]] | None:
+        """For each kind, tags of the words, and of one word more for each thing listed that is not there.
 
         None if things are listed, and none of them is in the sentence.
         """
         words = [token.lower() for token in record["tokens"]]
-        tags, extra = ["O"] * len(words), []
+        found, lost = {}, 0
         for kind, text in zip(_KINDS, texts, strict=True):
+            tags, extra = ["O"] * len(words), []
             for item in re.split("[,;]", text):
                 name = item.strip(" .\"'()-*").lower()
-                place = None if name in _NONE else _free_place(words, tags, name.split())
+                place = _free_place(words, tags, name.split())
                 if place is not None:
                     tags[place] = [f"B-{kind}"] + [f"I-{kind}"] * (len(tags[place]) - 1)
                 elif name not in _NONE:
                     extra.append(f"B-{kind}")
-        return None if extra and not any(tag != "O" for tag in tags) else tags + extra
+            found[kind], lost = tags + extra, lost + len(extra)
+        return None if lost and not any(tag != "O" for tags in found.values() for tag in tags[: len(words)]) else found
 
     def standard(self, record: Record, answer: Any) -> dict[str, Part]:
         """What micro-averaged F1 is made of: twice the entities found, over those listed and those there."""
-        listed, there = _entities(answer or []), _entities(self.gold(record))
+        listed = set().union(*(_entities(tags) for tags in (answer or {}).values()))
+        there = _entities(self.gold(record))
         return {"f1": Ratio((2.0 * len(listed & there),), (float(len(listed) + len(there)),))}
 
     def solution(self, record: Record) -> list[str]:

@@ -1,5 +1,6 @@
 """Reasoning: GSM8K (Cobbe et al. 2021)."""
 
+import re
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
@@ -57,7 +58,5 @@ class GSM8K(PromptTask):
 
     def solution(self, record: Record) -> list[str]:
         """The gold solution, without the marks of its calculator."""
-        import re
-
         text = re.sub(r"<<.*?>>", "", record["answer"]).strip()
         return [text.replace("\n####", "\nThe answer is")]

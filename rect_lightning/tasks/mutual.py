@@ -1,5 +1,6 @@
 """Dialogue: MuTual (Cui et al. 2020)."""
 
+import re
 from collections.abc import Sequence
 
 from rect_lightning.tasks.choice import Choice, label
@@ -32,11 +33,9 @@ class MuTual(Choice):
         return _LETTERS
 
     def parse(self, record: Record, texts: Sequence[str]) -> int | None:
-        """A letter with which the text begins, in brackets or not; it stands alone, so "A good idea" gives none."""
-        import re
-
-        found = re.match(r"\(?([A-D])\)?(?=$|[^\w\s]|\s*$|\n)", texts[0])
-        return None if found is None else _LETTERS.index(found[1])
+        """A letter with which the text begins: in brackets, or with no word after it, so that "A good idea" gives none."""
+        found = re.match(r"\(([A-D])\)|([A-D])(?!\w|\s+\w)", texts[0])
+        return None if found is None else _LETTERS.index(found[1] or found[2])
 
     def gold(self, record: Record) -> int:
         """The right letter."""

@@ -57,7 +57,9 @@ def _wilson(hits: float, n: int) -> Score:
 def _bootstrap(ratios: Sequence[Ratio]) -> Score:
     import numpy as np
 
-    above, below = (np.array([getattr(r, side) for r in ratios]) for side in ("numerators", "denominators"))
+    above, below = (
+        np.array([getattr(r, side) for r in ratios], dtype=float) for side in ("numerators", "denominators")
+    )
 
     def values(times: np.ndarray) -> np.ndarray:
         """The score with each record taken so many times, ``[resamples]``; a group that has no data is left out."""
