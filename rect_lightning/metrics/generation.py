@@ -31,11 +31,13 @@ class Continuation:
         prompt: The prompt's token ids.
         tokens: The new token ids, the end-of-text token among them if the model wrote one.
         ended: Whether it did.
+        log_probs: Log-likelihoods, in nats, of the tokens that were asked for as the first new one.
     """
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
     ended: bool
+    log_probs: tuple[float, ...] = ()
 
 
 def generate(
@@ -69,6 +71,7 @@ def continuations(
     *,
     max_new_tokens: int = 20,
     finished: Callable[[Sequence[int]], bool] = lambda new: False,
+    candidates: Sequence[Sequence[int]] | None = None,
     tokens_per_batch: int = 8192,
     show_progress: bool = False,
 ) -> list[Continuation]:
@@ -83,6 +86,7 @@ def continuations(
         prompts: The texts to continue.
         max_new_tokens: The longest continuation, in tokens.
         finished: Whether a row, given its new tokens so far, needs no more.
+        candidates: For each prompt token ids whose log-likelihood right after the prompt is wanted as well.
         tokens_per_batch: Tokens of a padded batch with its continuations; more needs more memory.
         show_progress: Whether to show a bar over the batches.
 
@@ -98,23 +102,28 @@ def continuations(
     lengths = [len(ids) + max_new_tokens if ids else 0 for ids in rows]
     check_lengths(adapter, lengths, prompts)
     ends = _ends(adapter)
+    candidates = [()] * len(rows) if candidates is None else candidates
     found: list[Continuation] = [Continuation(ids, (), False) for ids in rows]
     with measuring(adapter.model):
         for batch in track(by_length(lengths, tokens_per_batch), "Generating", show=show_progress, unit="batch"):
-            new = _decode(
+            new, log_probs = _decode(
                 adapter,
                 [rows[i] for i in batch],
+                [candidates[i] for i in batch],
                 lambda tokens: len(tokens) == max_new_tokens or tokens[-1] in ends or finished(tokens),
             )
-            for i, tokens in zip(batch, new, strict=True):
-                found[i] = Continuation(rows[i], tuple(tokens), tokens[-1] in ends)
+            for i, tokens, wanted in zip(batch, new, log_probs, strict=True):
+                found[i] = Continuation(rows[i], tuple(tokens), tokens[-1] in ends, wanted)
     return found
 
 
 def _decode(
-    adapter: Adapter, rows: Sequence[Sequence[int]], finished: Callable[[Sequence[int]], bool]
-) -> list[list[int]]:
-    """The new tokens of rows that run together; those that are finished leave."""
+    adapter: Adapter,
+    rows: Sequence[Sequence[int]],
+    candidates: Sequence[Sequence[int]],
+    finished: Callable[[Sequence[int]], bool],
+) -> tuple[list[list[int]], list[tuple[float, ...]]]:
+    """The new tokens of rows that run together, of which those that are finished leave; and the candidates' likelihoods."""
     from transformers import DynamicCache
 
     # padded on the left: the new tokens follow the prompts' last ones
@@ -122,6 +131,7 @@ def _decode(
     ids, mask, position = batch.input_ids, batch.attention_mask, batch.position_ids
     cache = DynamicCache(config=adapter.model.config.get_text_config())
     new: list[list[int]] = [[] for _ in rows]
+    log_probs: list[tuple[float, ...]] = []
     alive = list(range(len(rows)))
     while True:
         logits = adapter.model(
@@ -131,12 +141,15 @@ def _decode(
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-        ).logits
-        for row, token in zip(alive, logits[:, -1].argmax(-1).tolist(), strict=True):
+        ).logits[:, -1]
+        if not log_probs:
+            likely = logits.float().log_softmax(-1) if any(candidates) else logits
+            log_probs = [tuple(row[[*ids_]].tolist()) for row, ids_ in zip(likely, candidates, strict=True)]
+        for row, token in zip(alive, logits.argmax(-1).tolist(), strict=True):
             new[row].append(token)
         stay = [place for place, row in enumerate(alive) if not finished(new[row])]
         if not stay:
-            return new
+            return new, log_probs
         if len(stay) < len(alive):
             alive = [alive[place] for place in stay]
             kept = torch.tensor(stay, device=mask.device)

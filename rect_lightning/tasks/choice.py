@@ -34,9 +34,9 @@ class Choice(PromptTask):
         return {"generated": float(answer == self.gold(record))}
 
     def by_likelihood(self, record: Record, log_likelihoods: Sequence[float]) -> dict[str, Part]:
-        """Whether the likeliest option is the right one; a tie is decided for the first."""
-        likeliest = max(range(len(log_likelihoods)), key=lambda i: log_likelihoods[i])
-        return {"option": float(likeliest == self.gold(record))}
+        """Whether the likeliest option is the right one; of several that are equally likely each gets a share."""
+        likeliest = [i for i, value in enumerate(log_likelihoods) if value == max(log_likelihoods)]
+        return {"option": (self.gold(record) in likeliest) / len(likeliest)}
 
     def solution(self, record: Record) -> list[str]:
         """The right option."""

@@ -15,6 +15,7 @@ from rect_lightning.data.readers import read_records
 from rect_lightning.data.request import RequestError
 from rect_lightning.metrics import Continuation, continuations, continued_text, score_targets
 from rect_lightning.models import Adapter
+from rect_lightning.models.encoding import encode
 from rect_lightning.processes import Processes
 from rect_lightning.tasks.scores import Ratio, Score, summarise
 
@@ -303,20 +304,23 @@ class PromptTask(Task):
         before = "".join(f"{prompt} {solution}\n\n" for prompt, solution in solved)
         asked = [[before + prompt for prompt in self.prompts(record)] if standard else [] for record in records]
         published = [self.paper_prompts(record) if paper else [] for record in records]
-        written = self._written(adapter, [*chain(*asked)], [*chain(*published)], show_progress=show_progress)
-        likely = self._likelihoods(adapter, records, asked, show_progress=show_progress) if standard else []
+        options = [[*self.options(record)] if standard else [] for record in records]
+        first = _first_tokens(adapter, asked, options)
+        written = self._written(adapter, [*chain(*asked)], [*chain(*published)], first, show_progress=show_progress)
+        likely = _likelihoods(adapter, asked, options, written, first, show_progress=show_progress)
         found = []
         for number, record in enumerate(records):
             parts: dict[str, Part] = {}
             special = [written[p] for p in published[number]]
             if paper:
-                options: dict[str, Any] = {"first": self.paper_tokens, "special": True}
-                parts["paper"] = self.paper(record, [continued_text(adapter, c, **options) for c in special])
+                cut: dict[str, Any] = {"first": self.paper_tokens, "special": True}
+                parts["paper"] = self.paper(record, [continued_text(adapter, c, **cut) for c in special])
             prompts = asked[number] or published[number]
             texts = [continued_text(adapter, written[prompt]) for prompt in prompts]
             answer = self.parse(record, [self._cut(text) for text in texts])
             if standard:
-                parts |= self.by_likelihood(record, likely[number]) | self.standard(record, answer)
+                by_likelihood = self.by_likelihood(record, likely[number]) if likely[number] else {}
+                parts |= by_likelihood | self.standard(record, answer)
             found.append(Output(prompts=tuple(prompts), texts=tuple(texts), answer=answer, parts=parts))
         return found
 
@@ -327,9 +331,15 @@ class PromptTask(Task):
         return text[: min(places, default=None)].rstrip()
 
     def _written(
-        self, adapter: Adapter, asked: Sequence[str], published: Sequence[str], *, show_progress: bool
+        self,
+        adapter: Adapter,
+        asked: Sequence[str],
+        published: Sequence[str],
+        first: Mapping[str, Sequence[int]],
+        *,
+        show_progress: bool,
     ) -> dict[str, Continuation]:
-        """What the model writes after each prompt, as far as it will be read."""
+        """What the model writes after each prompt, as far as it will be read, and how likely these first tokens are."""
         longest = dict.fromkeys(asked, (0, self.max_new_tokens))
         for prompt in published:
             longest[prompt] = (self.paper_tokens, max(self.paper_tokens, longest.get(prompt, (0, 0))[1]))
@@ -341,6 +351,7 @@ class PromptTask(Task):
                 prompts,
                 max_new_tokens=most,
                 finished=self._finished(adapter, least),
+                candidates=[first.get(prompt, ()) for prompt in prompts],
                 show_progress=show_progress,
             )
             written |= zip(prompts, found, strict=True)
@@ -357,11 +368,35 @@ class PromptTask(Task):
 
         return finished
 
-    def _likelihoods(
-        self, adapter: Adapter, records: Sequence[Record], asked: Sequence[Sequence[str]], *, show_progress: bool
-    ) -> list[list[float]]:
-        pairs = [(asked[i][0], option) for i, record in enumerate(records) for option in self.options(record)]
-        prompts, options = ([pair[side] for pair in pairs] for side in (0, 1))
-        scores = iter(score_targets(adapter, prompts, options, show_progress=show_progress) if pairs else [])
-        each = ([next(scores) for _ in self.options(record)] for record in records)
-        return [[score.log_prob * len(score.target) for score in record] for record in each]
+
+def _first_tokens(
+    adapter: Adapter, asked: Sequence[Sequence[str]], options: Sequence[Sequence[str]]
+) -> dict[str, tuple[int, ...]]:
+    """The options' tokens by prompt, where each option is one token that follows the prompt's own."""
+    found: dict[str, set[tuple[int, ...]]] = {}
+    for prompt, named in ((a[0], o) for a, o in zip(asked, options, strict=True) if o):
+        bare, *rows = encode(adapter.tokenizer, [prompt]) + encode(adapter.tokenizer, [prompt] * len(named), named)
+        single = all(row.ids[:-1] == bare.ids for row in rows)
+        found.setdefault(prompt, set()).add(tuple(row.ids[-1] for row in rows) if single else ())
+    # not where records with one prompt have different options
+    return {prompt: next(iter(tokens)) for prompt, tokens in found.items() if len(tokens) == 1 and () not in tokens}
+
+
+def _likelihoods(
+    adapter: Adapter,
+    asked: Sequence[Sequence[str]],
+    options: Sequence[Sequence[str]],
+    written: Mapping[str, Continuation],
+    first: Mapping[str, Sequence[int]],
+    *,
+    show_progress: bool,
+) -> list[list[float]]:
+    """The log-likelihoods of each record's options after its first prompt, in nats."""
+    pairs = [(a[0], option) for a, named in zip(asked, options, strict=True) for option in named if a[0] not in first]
+    prompts, targets = ([pair[side] for pair in pairs] for side in (0, 1))
+    scores = iter(score_targets(adapter, prompts, targets, show_progress=show_progress) if pairs else [])
+    sums = ((score.log_prob * len(score.target)) for score in scores)
+    return [
+        [*written[a[0]].log_probs] if named and a[0] in first else [next(sums) for _ in named]
+        for a, named in zip(asked, options, strict=True)
+    ]

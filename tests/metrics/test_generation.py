@@ -138,6 +138,14 @@ def test_a_row_that_is_finished_leaves_and_the_others_go_on(tiny):
     assert not any(c.ended for c in found)
 
 
+def test_how_likely_a_first_token_is(tiny):
+    found = continuations(tiny, PROMPTS[:3], max_new_tokens=2, candidates=[[3, 7], [], [5]])
+    for prompt, ids, continuation in zip(PROMPTS, [[3, 7], [], [5]], found, strict=False):
+        inputs = torch.tensor([tiny.tokenizer(prompt)["input_ids"]])
+        log_probs = tiny.model(inputs).logits[0, -1].log_softmax(-1)
+        assert continuation.log_probs == pytest.approx(log_probs[ids].tolist(), abs=1e-5)
+
+
 def test_texts_of_a_continuation(tiny):
     tokens = greedy(tiny, PROMPTS[0], 6)
     tiny.model.generation_config.eos_token_id = 0

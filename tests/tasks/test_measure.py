@@ -133,6 +133,27 @@ def test_options_by_the_plain_model(tiny, tmp_path):
     assert result.scores["rte/generated"].value == 0
 
 
+def test_options_of_one_token_are_read_off_the_generation(tiny, tmp_path, monkeypatch):
+    path = written(tmp_path, [{"q": "I think", "answer": 0}, {"q": "The sport", "answer": 1}])
+    task = MultipleChoice(name="x", path=path, prompt="{q}", options=["it", "is"])
+    task.by_likelihood = lambda record, logs: seen.append(logs) or {}
+    monkeypatch.setattr("rect_lightning.tasks.task.score_targets", lambda *args, **kwargs: pytest.fail("scored apart"))
+    seen = []
+    measure(tiny, task)
+    expected = [[target_log_probs(tiny, q, option)[0][0] for option in ("it", "is")] for q in ("I think", "The sport")]
+    assert seen == [pytest.approx(logs, rel=1e-4) for logs in expected]
+
+
+def test_one_prompt_with_different_options(tiny, tmp_path):
+    records = [{"q": "I think", "o": ["it", "is"], "answer": 0}, {"q": "I think", "o": ["so", "the"], "answer": 1}]
+    task = MultipleChoice(name="x", path=written(tmp_path, records), prompt="{q}", options="o")
+    task.by_likelihood = lambda record, logs: seen.append(logs) or {}
+    seen = []
+    measure(tiny, task)
+    expected = [[target_log_probs(tiny, "I think", option)[0][0] for option in record["o"]] for record in records]
+    assert seen == [pytest.approx(logs, rel=1e-4) for logs in expected]
+
+
 def test_a_longer_option_has_no_advantage_by_its_mean(tiny, tmp_path):
     """The log-likelihood is the sum over tokens."""
     options = ["so", "so it is the sport of"]

@@ -181,6 +181,7 @@ def test_the_correct_rules(task, record, text, answer, parts):
 def test_the_likeliest_option():
     assert RTE().by_likelihood(ENTAILS, [-1.0, -2.0]) == {"option": 1}
     assert RTE().by_likelihood(ENTAILS, [-3.0, -2.0]) == {"option": 0}
+    assert RTE().by_likelihood(ENTAILS, [-2.0, -2.0]) == {"option": 0.5}
     assert MuTual().by_likelihood(TALK, [-3.0, -2.0, -4.0, -2.5]) == {"option": 1}
 
 
