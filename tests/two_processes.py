@@ -67,7 +67,9 @@ def edits(folder, options):
         extra = [side] if name == "layer" else []
         with patch.object(locate_then_edit, "search_values", noting), patch.object(editor, "restore", before_restoring):
             # a large share, since with fewer entries kept one at the edge may fall on either side
-            run = fit(editor, facts(folder, batch_size=batch_size), RECT(0.95), *extra, **options)
+            run = fit(
+                editor, facts(folder, batch_size=batch_size), RECT(0.95), *extra, default_root_dir=folder, **options
+            )
         weights += [editor.model.weight(n).detach().clone() for n in editor.layers]
         logged = {k: float(v) for k, v in run.callback_metrics.items() if k.startswith(("before/", "after/"))}
         found[name] = {

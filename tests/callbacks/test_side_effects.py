@@ -18,6 +18,12 @@ from rect_lightning.tasks.scores import Score
 from tests.editors.test_base import PROSE, facts, fit, identical, memit, rome, state, trainer
 
 
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    """Without a logger the table goes to the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def tasks(tmp_path):
     """A question and a text, the same for every run."""
