@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--path", nargs="*", default=[], metavar="TASK=FILE", help="files in place of hub data sets")
     parser.add_argument("--limit", type=int, default=100, help="records of each task")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--tokens-per-batch", type=int, default=8192)
     parser.add_argument("--alone", type=int, default=0, help="records to ask one at a time as well")
     parser.add_argument("--out", type=Path, help="file for the table; printed if not given")
     parser.add_argument("--outputs", type=Path, help="file for all prompts and raw texts, JSONL")
@@ -76,7 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in args.tasks:
         task: Task = type(named(name))(path=paths[name]) if name in paths else named(name)  # type: ignore[call-arg]
         start = perf_counter()
-        result = measure(adapter, task, limit=args.limit, precision=args.precision)
+        result = measure(
+            adapter, task, limit=args.limit, precision=args.precision, tokens_per_batch=args.tokens_per_batch
+        )
         seconds = perf_counter() - start
         total += seconds
         alone = ""

@@ -33,6 +33,7 @@ class SideEffects(Callback):
         limit: Ask the first so many records of each task; null for all.
         scoring: The published prompts and rules (paper), correct ones (standard), or both.
         precision: fp32, or bf16 for a copy of the weights in bf16, which is faster where the hardware knows bf16.
+        tokens_per_batch: Tokens of a batch with what is written after its prompts; more takes more memory and less time.
         stop_below: End the fit early when an ability falls below this share of what it was at 0 edits, by the task's main
             score (for perplexity its inverse); null never does.
 
@@ -48,17 +49,24 @@ class SideEffects(Callback):
         limit: int | None = 100,
         scoring: Literal["paper", "standard", "both"] = "both",
         precision: Literal["fp32", "bf16"] = "fp32",
+        tokens_per_batch: int = 8192,
         stop_below: float | None = None,
     ) -> None:
-        if every_n_edits < 1 or (limit is not None and limit < 1):
-            raise ValueError(f"every_n_edits and limit must be at least 1, not {every_n_edits} and {limit}.")
+        for name, value in (("every_n_edits", every_n_edits), ("limit", limit), ("tokens_per_batch", tokens_per_batch)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}.")
         if stop_below is not None and not 0 < stop_below <= 1:
             raise ValueError(f"stop_below is a share of an ability, above 0 and at most 1; got {stop_below}.")
         self.tasks = [named(task) if isinstance(task, str) else task for task in tasks]
         if not self.tasks or len({task.name for task in self.tasks}) < len(self.tasks):
             raise ValueError("SideEffects needs at least one task, and each name once.")
         self.every_n_edits, self.limit, self.stop_below = every_n_edits, limit, stop_below
-        self.options: dict[str, Any] = {"limit": limit, "scoring": scoring, "precision": precision}
+        self.options: dict[str, Any] = {
+            "limit": limit,
+            "scoring": scoring,
+            "precision": precision,
+            "tokens_per_batch": tokens_per_batch,
+        }
         self.rows: list[dict[str, Any]] = []
         self.abilities: dict[str, float] = {}
         self.measured = -1  # at how many edits

@@ -70,6 +70,17 @@ class TaskResult:
         return 1 / value if self.lower_is_better else value
 
 
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """How a task is measured; `measure` says what the options mean."""
+
+    limit: int | None = None
+    scoring: Scoring = "both"
+    tokens_per_batch: int = 8192
+    processes: Processes = Processes()  # noqa: RUF009 - frozen
+    show_progress: bool = False
+
+
 class Task(ABC):
     """Something that a model can do more or less well, and that edits may harm."""
 
@@ -86,9 +97,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def run(
-        self, adapter: Adapter, *, limit: int | None, scoring: Scoring, processes: Processes, show_progress: bool
-    ) -> TaskResult:
+    def run(self, adapter: Adapter, how: How) -> TaskResult:
         """Measure the model, which is at rest; see `measure`."""
 
 
@@ -99,6 +108,7 @@ def measure(
     limit: int | None = None,
     scoring: Scoring = "both",
     precision: Literal["fp32", "bf16"] = "fp32",
+    tokens_per_batch: int = 8192,
     processes: Processes = Processes(),  # noqa: B008 - frozen
     show_progress: bool = False,
 ) -> TaskResult:
@@ -111,6 +121,8 @@ def measure(
         scoring: The published prompts and rules (paper), correct ones (standard), or both.
         precision: fp32 gives the answers of the plain model one prompt at a time; bf16 runs a copy of the weights in bf16,
             which is faster where the hardware knows bf16, and may answer otherwise where two words are nearly as likely.
+        tokens_per_batch: Tokens of a padded batch with what is written after its prompts; more takes more memory, and less time
+            where reading the weights is what takes it.
         processes: The processes that share the records, all with the same model; each gets the result.
         show_progress: Whether to show bars.
 
@@ -120,7 +132,14 @@ def measure(
     """
     task.prepare(limit)
     with running_in(adapter, torch.bfloat16) if precision == "bf16" else nullcontext():
-        return task.run(adapter, limit=limit, scoring=scoring, processes=processes, show_progress=show_progress)
+        how = How(
+            limit=limit,
+            scoring=scoring,
+            tokens_per_batch=tokens_per_batch,
+            processes=processes,
+            show_progress=show_progress,
+        )
+        return task.run(adapter, how)
 
 
 @contextmanager
@@ -266,20 +285,18 @@ class PromptTask(Task):
         except ValueError as error:
             raise RequestError(f"no right answer for {self.name}: {error}", where=where) from error
 
-    def run(
-        self, adapter: Adapter, *, limit: int | None, scoring: Scoring, processes: Processes, show_progress: bool
-    ) -> TaskResult:
+    def run(self, adapter: Adapter, how: How) -> TaskResult:
         """Ask the records and score the answers."""
-        paper, standard = scoring != "standard" and self.paper_tokens > 0, scoring != "paper"
+        paper, standard = how.scoring != "standard" and self.paper_tokens > 0, how.scoring != "paper"
         if not paper and not standard:
             raise ValueError(f"{self.name} has no published score; set scoring to standard or both.")
         shown = [record for _, record in self._read[: self.shots]]
-        records = [record for _, record in self.records[:limit]]
+        records = [record for _, record in self.records[: how.limit]]
 
         def outputs(mine: Sequence[Record]) -> list[Output]:
-            return self._outputs(adapter, mine, shown, paper=paper, standard=standard, show_progress=show_progress)
+            return self._outputs(adapter, how, mine, shown, paper=paper, standard=standard)
 
-        found = processes.collect(records, outputs)
+        found = how.processes.collect(records, outputs)
         names = dict.fromkeys(name for output in found for name in output.parts)
         return TaskResult(
             task=self.name,
@@ -293,12 +310,12 @@ class PromptTask(Task):
     def _outputs(
         self,
         adapter: Adapter,
+        how: How,
         records: Sequence[Record],
         shown: Sequence[Record],
         *,
         paper: bool,
         standard: bool,
-        show_progress: bool,
     ) -> list[Output]:
         solved = [pair for record in shown for pair in zip(self.prompts(record), self.solution(record), strict=True)]
         before = "".join(f"{prompt} {solution}\n\n" for prompt, solution in solved)
@@ -306,8 +323,8 @@ class PromptTask(Task):
         published = [self.paper_prompts(record) if paper else [] for record in records]
         options = [[*self.options(record)] if standard else [] for record in records]
         first = _first_tokens(adapter, asked, options)
-        written = self._written(adapter, [*chain(*asked)], [*chain(*published)], first, show_progress=show_progress)
-        likely = _likelihoods(adapter, asked, options, written, first, show_progress=show_progress)
+        written = self._written(adapter, how, [*chain(*asked)], [*chain(*published)], first)
+        likely = _likelihoods(adapter, how, asked, options, written, first)
         found = []
         for number, record in enumerate(records):
             parts: dict[str, Part] = {}
@@ -333,11 +350,10 @@ class PromptTask(Task):
     def _written(
         self,
         adapter: Adapter,
+        how: How,
         asked: Sequence[str],
         published: Sequence[str],
         first: Mapping[str, Sequence[int]],
-        *,
-        show_progress: bool,
     ) -> dict[str, Continuation]:
         """What the model writes after each prompt, as far as it will be read, and how likely these first tokens are."""
         longest = dict.fromkeys(asked, (0, self.max_new_tokens))
@@ -352,7 +368,8 @@ class PromptTask(Task):
                 max_new_tokens=most,
                 finished=self._finished(adapter, least),
                 candidates=[first.get(prompt, ()) for prompt in prompts],
-                show_progress=show_progress,
+                tokens_per_batch=how.tokens_per_batch,
+                show_progress=how.show_progress,
             )
             written |= zip(prompts, found, strict=True)
         return written
@@ -384,17 +401,16 @@ def _first_tokens(
 
 def _likelihoods(
     adapter: Adapter,
+    how: How,
     asked: Sequence[Sequence[str]],
     options: Sequence[Sequence[str]],
     written: Mapping[str, Continuation],
     first: Mapping[str, Sequence[int]],
-    *,
-    show_progress: bool,
 ) -> list[list[float]]:
     """The log-likelihoods of each record's options after its first prompt, in nats."""
     pairs = [(a[0], option) for a, named in zip(asked, options, strict=True) for option in named if a[0] not in first]
     prompts, targets = ([pair[side] for pair in pairs] for side in (0, 1))
-    scores = iter(score_targets(adapter, prompts, targets, show_progress=show_progress) if pairs else [])
+    scores = iter(score_targets(adapter, prompts, targets, show_progress=how.show_progress) if pairs else [])
     sums = ((score.log_prob * len(score.target)) for score in scores)
     return [
         [*written[a[0]].log_probs] if named and a[0] in first else [next(sums) for _ in named]

@@ -7,9 +7,8 @@ from math import exp
 from rect_lightning.data.prose import prose_path
 from rect_lightning.metrics.perplexity import chunk_losses
 from rect_lightning.models import Adapter
-from rect_lightning.processes import Processes
 from rect_lightning.tasks.scores import Ratio, Score, summarise
-from rect_lightning.tasks.task import Scoring, Task, TaskResult
+from rect_lightning.tasks.task import How, Task, TaskResult
 
 
 class Perplexity(Task):
@@ -33,9 +32,7 @@ class Perplexity(Task):
         """See that the file is there."""
         prose_path(self.path, option="tasks.Perplexity.path")
 
-    def run(
-        self, adapter: Adapter, *, limit: int | None, scoring: Scoring, processes: Processes, show_progress: bool
-    ) -> TaskResult:
+    def run(self, adapter: Adapter, how: How) -> TaskResult:
         """Read the text."""
         path = prose_path(self.path, option="tasks.Perplexity.path")
         losses, counts = chunk_losses(
@@ -43,8 +40,8 @@ class Perplexity(Task):
             path.read_text(encoding="utf-8"),
             context=min(self.context, adapter.context_length),
             limit=self.tokens,
-            processes=processes,
-            show_progress=show_progress,
+            processes=how.processes,
+            show_progress=how.show_progress,
         )
         parts = [Ratio((loss,), (count,)) for loss, count in zip(losses.tolist(), counts.tolist(), strict=True)]
         loss, name = summarise(parts), f"perplexity/{path.stem}"

@@ -44,7 +44,7 @@ class Ability(Task):
     def prepare(self, limit=None):
         pass
 
-    def run(self, adapter, *, limit, scoring, processes, show_progress):
+    def run(self, adapter, how):
         self.weights.append(adapter.weight(1).detach().clone())
         value = next(self.values)
         score = Score(value=value, low=0.0, high=1.0)
@@ -155,8 +155,8 @@ def test_an_ability_that_was_never_there_cannot_fall(tmp_path):
 
 def test_a_rising_perplexity_is_a_falling_ability(tmp_path):
     class Rising(Ability):
-        def run(self, *args, **options):
-            result = super().run(*args, **options)
+        def run(self, adapter, how):
+            result = super().run(adapter, how)
             return TaskResult(**(vars(result) | {"lower_is_better": True}))
 
     editor = memit(tmp_path)

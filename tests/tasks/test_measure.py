@@ -9,6 +9,7 @@ import torch
 
 from rect_lightning.metrics import perplexity
 from rect_lightning.tasks import RTE, Generation, MultipleChoice, Perplexity, PromptTask, measure
+from rect_lightning.tasks.task import How
 from tests.editors.test_base import PROSE
 from tests.metrics.naive import greedy, target_log_probs
 from tests.tiny import adapter as tiny_adapter
@@ -67,8 +68,9 @@ def plain(adapter, prompt, tokens):
     return adapter.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_texts_are_those_of_the_plain_model(tiny, said):
-    result = measure(tiny, said)
+@pytest.mark.parametrize("tokens_per_batch", [1, 8192])
+def test_texts_are_those_of_the_plain_model(tiny, said, tokens_per_batch):
+    result = measure(tiny, said, tokens_per_batch=tokens_per_batch)
     assert result.n == len(result.outputs) == 3
     for output in result.outputs:
         assert [*output.texts] == [plain(tiny, prompt, 9) for prompt in output.prompts]
@@ -230,7 +232,7 @@ def test_the_result_of_several_processes_is_that_of_one(said):
     for rank in range(2):
         process = Processes(rank=rank, count=2)
         mine = process.mine(records)
-        shares.append(said._outputs(adapter, mine, [], paper=True, standard=True, show_progress=False))
+        shares.append(said._outputs(adapter, How(), mine, [], paper=True, standard=True))
 
     class Told(Processes):
         def _tell(self, value):
