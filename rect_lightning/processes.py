@@ -12,6 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 T = TypeVar("T")
+U = TypeVar("U")
 Rows = TypeVar("Rows")
 
 
@@ -61,6 +62,17 @@ class Processes:
         """What the processes made of their shares (see `mine`), any objects that can be pickled, in the items' order."""
         shares: Any = self._tell(list(share))
         return [part[i] for i in range(len(shares[0])) for part in shares if i < len(part)]
+
+    def collect(self, items: Sequence[T], compute: Callable[[Sequence[T]], Sequence[U]]) -> list[U]:
+        """Share out items, and give every process what comes of all of them, in order.
+
+        Args:
+            items: The same ones in every process, any number.
+            compute: Gives one thing an item, of any kind that can be pickled, in the order of the items.
+        """
+        with self.together():
+            found = compute(self.mine(items))
+        return self.gather(found)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -1,8 +1,10 @@
 """The benchmarks run; what they measure is not tested."""
 
+import json
+
 import pytest
 
-from benchmarks import editing, speed
+from benchmarks import editing, speed, tasks
 from tests import tiny
 
 
@@ -41,3 +43,19 @@ def test_the_editing_table():
     assert lines[1].count("|") == lines[0].count("|") == lines[2].count("|")
     assert lines[2].split(" | ")[:3] == ["| before", "0.500", "0.333"]
     assert lines[3].split(" | ")[:3] == ["| MEMIT", "0.500", "1.000"]
+
+
+def test_the_table_of_tasks(folder, tmp_path):
+    records = tmp_path / "rte.jsonl"
+    records.write_text(json.dumps({"sentence1": "It rains.", "sentence2": "It is wet.", "label": 0}) + "\n")
+    out, outputs = tmp_path / "tasks.md", tmp_path / "outputs.jsonl"
+    tasks.main([
+        "--model", str(folder), "--tasks", "rte", "perplexity", "--path", f"rte={records}", "--alone", "1",
+        "--precision", "bf16", "--out", str(out), "--outputs", str(outputs),
+    ])  # fmt: skip
+    rows = [line.split(" | ") for line in out.read_text().splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| task", "| rte", "| perplexity"]
+    assert rows[1][2].startswith("paper 0.000 (0.000 to 0.79")
+    assert float(rows[1][5].rstrip("| ")) > 0
+    (told,) = map(json.loads, outputs.read_text().splitlines())
+    assert told["prompts"] == ["It rains. entails the It is wet.. True or False? answer:"]

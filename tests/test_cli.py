@@ -546,3 +546,48 @@ def test_a_refusal_is_told_in_a_line_and_a_bug_with_its_traceback(here, monkeypa
     monkeypatch.setattr(cli, "main", lambda: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         cli.run()
+
+
+# Side effects --------------------------------------------------------------------------------------------------------
+
+
+def test_side_effects_from_the_command_line(here):
+    """Tasks by name, by class_path and from a file of one's own."""
+    pairs = [("It rains.", "It is wet."), ("So it is.", "No.")]
+    records = [{"sentence1": a, "sentence2": b, "label": 0} for a, b in pairs]
+    (here / "rte.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    tasks = [
+        {"class_path": "rect_lightning.tasks.RTE", "init_args": {"path": "rte.jsonl"}},
+        {
+            "class_path": "rect_lightning.tasks.MultipleChoice",
+            "init_args": {
+                "name": "weather", "path": "rte.jsonl", "prompt": "{sentence1} So", "options": ["it is", "no"],
+                "answer": "label",
+            },
+        },
+        {"class_path": "rect_lightning.tasks.Perplexity", "init_args": {"path": "text.txt", "context": 64}},
+    ]  # fmt: skip
+    side = "--trainer.callbacks"
+    main([
+        "fit", "--config", "tiny.yaml", f"{side}+=rect_lightning.callbacks.SideEffects", f"{side}.every_n_edits", "2",
+        f"{side}.tasks", json.dumps(tasks), f"{side}.limit", "2",
+    ])  # fmt: skip
+    with open(newest(here) / "side_effects.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [*dict.fromkeys(row["edits"] for row in rows)] == ["0", "2", "4"]
+    scores = {row["score"] for row in rows if row["task"] != "edits"}
+    assert scores == {
+        "rte/paper", "rte/option", "rte/generated", "weather/option", "weather/generated", "perplexity/text",
+    }  # fmt: skip
+    again = yaml.safe_load((newest(here) / "config.yaml").read_text())
+    assert again["trainer"]["callbacks"][-1]["init_args"]["tasks"][1]["init_args"]["name"] == "weather"
+
+
+def test_names_of_tasks_on_the_command_line(here, capsys):
+    side = "--trainer.callbacks"
+    words = ["fit", "--config", "tiny.yaml", f"{side}+=rect_lightning.callbacks.SideEffects", f"{side}.every_n_edits=8"]
+    callback = printed(capsys, *words, f"{side}.tasks", "[gsm8k, rte]")["trainer"]["callbacks"][-1]
+    assert callback["class_path"].endswith("SideEffects")
+    assert callback["init_args"]["tasks"] == ["gsm8k", "rte"]
+    with pytest.raises(ValueError, match="did you mean gsm8k"):
+        main([*words, f"{side}.tasks", "[gsm8]"])

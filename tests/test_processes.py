@@ -77,6 +77,15 @@ def test_metrics_and_samples_are_those_of_a_single_process(two, alone, kind):
     assert len(first["samples"]) == 4
 
 
+def test_side_effects_are_those_of_a_single_process(two, alone):
+    first, second = (found["edits"]["layer"]["side"] for found in two[1])
+    one = alone["edits"]["layer"]["side"]
+    assert first == second
+    assert [(row["edits"], row["score"]) for row in first] == [(row["edits"], row["score"]) for row in one]
+    assert {row["edits"] for row in one} == {0, 3}
+    assert [row["value"] for row in first] == pytest.approx([row["value"] for row in one], rel=1e-4, abs=1e-6)
+
+
 def test_predictions_are_those_of_a_single_process(two, alone):
     assert two[1][0]["edits"]["predictions"] == alone["edits"]["predictions"]
 

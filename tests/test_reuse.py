@@ -345,7 +345,7 @@ def test_a_refusal_is_a_line(made, here, monkeypatch):
 
 
 def test_a_run_folder_stands_for_its_checkpoint(made, here):
-    folder, edited = made
+    folder, _ = made
     run = here / "version_0"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text("")
@@ -353,7 +353,7 @@ def test_a_run_folder_stands_for_its_checkpoint(made, here):
         export(run, here / "edited")
     shutil.copy(folder / "one.ckpt", run / "checkpoints" / "last.ckpt")
     export(run, here / "edited")
-    assert same(state_of(here / "edited"), {k: v for k, v in load_edited(run).state_dict().items()})
+    assert same(state_of(here / "edited"), dict(load_edited(run).state_dict()))
 
 
 def test_what_is_written_is_as_readable_as_other_files(made, here):

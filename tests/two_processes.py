@@ -5,6 +5,7 @@ What is run is also what `tests/test_processes.py` runs in its own process, to c
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rect_lightning.callbacks import RECT
+from rect_lightning.callbacks import RECT, SideEffects
 from rect_lightning.editors import locate_then_edit, measure
 from rect_lightning.editors.base import Editor
 from rect_lightning.processes import Processes
 from rect_lightning.solving import corpus, moment_files, moments
 from rect_lightning.solving.corpus import Moments
 from rect_lightning.solving.moments import second_moments
+from rect_lightning.tasks import MultipleChoice, Perplexity
 from tests import tiny
 from tests.editors.test_base import PROSE, facts, fit, memit, requests, rome, trainer
 
@@ -62,20 +64,32 @@ def edits(folder, options):
             weights += [editor.model.weight(n).detach().clone() for n in editor.layers]
             restore()
 
+        side = SideEffects(tasks(folder), every_n_edits=3)
+        extra = [side] if name == "layer" else []
         with patch.object(locate_then_edit, "search_values", noting), patch.object(editor, "restore", before_restoring):
             # a large share, since with fewer entries kept one at the edge may fall on either side
-            run = fit(editor, facts(folder, batch_size=batch_size), RECT(0.95), **options)
+            run = fit(
+                editor, facts(folder, batch_size=batch_size), RECT(0.95), *extra, default_root_dir=folder, **options
+            )
         weights += [editor.model.weight(n).detach().clone() for n in editor.layers]
         logged = {k: float(v) for k, v in run.callback_metrics.items() if k.startswith(("before/", "after/"))}
         found[name] = {
             "weights": weights, "results": editor.results, "samples": editor.measurement.samples, "done": editor.done,
-            "searched": searched, "logged": logged,
+            "searched": searched, "logged": logged, "side": side.rows,
         }  # fmt: skip
         if name == "layer":
             [found["predictions"]] = run.predict(
                 editor, datamodule=facts(folder, prompts=["The sport of LeBron James"])
             )
     return found
+
+
+def tasks(folder):
+    """Three questions and a text, of which each process asks and reads its share."""
+    path = folder / "told.jsonl"
+    path.write_text("".join(json.dumps({"q": q, "a": "it"}) + "\n" for q in ("I think so", "You", "The sport of")))
+    told = MultipleChoice(name="told", path=str(path), prompt="{q}", options=["it", "so"], answer="a")
+    return [told, Perplexity(path=str(folder / "prose.txt"), context=64)]
 
 
 def text(folder):

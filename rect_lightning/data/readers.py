@@ -95,28 +95,19 @@ def parse_requests(
         raise ValueError(f"format must be one of {', '.join(get_args(Format))}, not {format!r}")
     if zsre_target not in get_args(ZsreTarget):
         raise ValueError(f"zsre_target must be one of {', '.join(get_args(ZsreTarget))}, not {zsre_target!r}")
-    if _is_hub_name(path):
-        unit = "record"
-        numbered = list(enumerate(_hub_dataset(str(path), name=name, split=split), 1))
-    else:
-        if split is not None or name is not None:
-            raise ValueError(f"split and name are for hub data sets, but {path} is a file; leave them out")
-        unit = "line"
-        numbered = [(row["line"], json.loads(row["record"])) for row in _file_dataset(Path(path).expanduser())]
-    if not numbered:
-        raise RequestError("no records; is it the right file?", where=str(path))
-    kind = _check_columns(list(dict.fromkeys(column for _, row in numbered for column in row)), format, str(path))
+    numbered = read_records(path, split=split, name=name)
+    kind = _check_columns(list(dict.fromkeys(column for *_, row in numbered for column in row)), format, str(path))
     file_fields = _file_fields(kind, zsre_target)
 
     requests: list[EditRequest] = []
     errors: list[RequestError] = []
     unusable: list[RequestError] = []
-    for number, row in numbered:
+    for where, number, row in numbered:
         try:
             requests.append(_to_request(kind, row, number, zsre_target))
         except RequestError as error:
             field = file_fields.get(error.field or "", error.field)
-            located = RequestError(error.problem, field=field, where=f"{path}, {unit} {number}")
+            located = RequestError(error.problem, field=field, where=where)
             # Part of the published zsRE, so nothing that its user could mend.
             (unusable if kind == "zsre" and error.field == "target_new" else errors).append(located)
     if not errors and not requests:
@@ -129,6 +120,32 @@ def parse_requests(
         header = f"left out {len(unusable)} of {len(numbered)} zsRE records, which have no usable target"
         warnings.warn(_listed(map(str, unusable), header), stacklevel=3)
     return requests
+
+
+def read_records(
+    path: str | Path, *, split: str | None = None, name: str | None = None
+) -> list[tuple[str, int, dict[str, Any]]]:
+    """Read the records of a .json, .jsonl or .csv file, or of a data set on the hub, as they are.
+
+    Returns:
+        For each record where it stands, for messages, the number of its line or of the record, and the record.
+
+    Raises:
+        RequestError: If the file is broken or empty, naming file and line, or the hub does not give it.
+        FileNotFoundError: If the file is not there.
+        ValueError: If split or name are given with a file.
+    """
+    if _is_hub_name(path):
+        unit = "record"
+        numbered = list(enumerate(_hub_dataset(str(path), name=name, split=split), 1))
+    else:
+        if split is not None or name is not None:
+            raise ValueError(f"split and name are for hub data sets, but {path} is a file; leave them out")
+        unit = "line"
+        numbered = [(row["line"], json.loads(row["record"])) for row in _file_dataset(Path(path).expanduser())]
+    if not numbered:
+        raise RequestError("no records; is it the right file?", where=str(path))
+    return [(f"{path}, {unit} {number}", number, row) for number, row in numbered]
 
 
 def warn_of_conflicts(requests: Iterable[EditRequest]) -> None:
@@ -226,7 +243,7 @@ def _file_dataset(path: Path) -> Dataset:
         raise missing_file(path)
     if path.suffix.lower() not in _SUFFIXES:
         raise RequestError(
-            f"unknown extension {path.suffix!r}; edit requests are read from {', '.join(_SUFFIXES)}", where=str(path)
+            f"unknown extension {path.suffix!r}; records are read from {', '.join(_SUFFIXES)}", where=str(path)
         )
     try:
         text = path.read_text("utf-8-sig")
@@ -241,7 +258,7 @@ def _file_dataset(path: Path) -> Dataset:
     for line, row in rows:
         if not isinstance(row, dict):
             raise RequestError(
-                f"must be an object with a request's fields, not {row!r:.40}", where=f"{path}, line {line}"
+                f"must be an object with the record's fields, not {row!r:.40}", where=f"{path}, line {line}"
             )
         lines.append(line)
         records.append(json.dumps(row))

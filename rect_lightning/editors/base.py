@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rect_lightning.checkpoint_io import EditCheckpointIO
+from rect_lightning.data.prose import prose_path
 from rect_lightning.data.request import EditRequest
 from rect_lightning.editors import checkpoints
-from rect_lightning.editors.measure import Measurement, prose_path, with_perplexity
+from rect_lightning.editors.measure import Measurement, with_perplexity
 from rect_lightning.editors.undoing import Beginning
 from rect_lightning.metrics import check_requests
 from rect_lightning.models import Adapter, Source, adapter_for

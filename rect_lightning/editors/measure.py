@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rect_lightning.data.prose import prose_path
 from rect_lightning.data.request import EditRequest
 from rect_lightning.metrics import EditMetrics, evaluate, perplexity, request_metrics
 
@@ -55,20 +55,6 @@ class Measurement:
             when: {name: float(value) for name, value in metrics.compute().items()}
             for when, metrics in (("before", self.before), ("after", self.after))
         }
-
-
-def prose_path(prose: str) -> Path:
-    """The text file to measure perplexity on; ``"prose"`` names the one that comes with the package.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-    """
-    path = Path(__file__).parent.parent / "data" / "prose.txt" if prose == "prose" else Path(prose)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"model.prose: there is no text file {path.resolve()}; name one, or null for no perplexity."
-        )
-    return path
 
 
 def with_perplexity(editor: Editor, results: dict[str, dict[str, float]], prose: str) -> dict[str, dict[str, float]]:

@@ -2,22 +2,35 @@
 
 from rect_lightning.metrics.definitions import DEFINITIONS
 from rect_lightning.metrics.editing import EditMetrics, Pair, RequestScores, check_requests, evaluate, request_metrics
-from rect_lightning.metrics.generation import begins_with, generate, generated_exact, generation_entropy
+from rect_lightning.metrics.generation import (
+    Continuation,
+    begins_with,
+    continuations,
+    continued_text,
+    generate,
+    generated_exact,
+    generation_entropy,
+    normalised_words,
+)
 from rect_lightning.metrics.perplexity import perplexity
 from rect_lightning.metrics.scoring import TargetScore, score_targets
 
 __all__ = [
     "DEFINITIONS",
+    "Continuation",
     "EditMetrics",
     "Pair",
     "RequestScores",
     "TargetScore",
     "begins_with",
     "check_requests",
+    "continuations",
+    "continued_text",
     "evaluate",
     "generate",
     "generated_exact",
     "generation_entropy",
+    "normalised_words",
     "perplexity",
     "request_metrics",
     "score_targets",

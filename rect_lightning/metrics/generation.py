@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import log2
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from rect_lightning.metrics.forward import check_lengths, measuring
 from rect_lightning.models.encoding import encode
@@ -17,10 +19,25 @@ from rect_lightning.progress import track
 from rect_lightning.solving.batching import by_length, pad
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
-
     from rect_lightning.data.request import EditRequest
     from rect_lightning.models import Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What a model wrote after a prompt.
+
+    Attributes:
+        prompt: The prompt's token ids.
+        tokens: The new token ids, the end-of-text token among them if the model wrote one.
+        ended: Whether it did.
+        log_probs: Log-likelihoods, in nats, of the tokens that were asked for as the first new one.
+    """
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    ended: bool
+    log_probs: tuple[float, ...] = ()
 
 
 def generate(
@@ -33,19 +50,48 @@ def generate(
 ) -> list[str]:
     """Continue each prompt greedily, up to an end-of-text token or ``max_new_tokens``.
 
+    The same as `continuations`, as texts without special tokens, in the order of the prompts.
+
+    Raises:
+        ValueError: As `continuations`.
+    """
+    found = continuations(
+        adapter,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        tokens_per_batch=tokens_per_batch,
+        show_progress=show_progress,
+    )
+    return [continued_text(adapter, continuation) for continuation in found]
+
+
+def continuations(
+    adapter: Adapter,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 20,
+    finished: Callable[[Sequence[int]], bool] = lambda new: False,
+    candidates: Sequence[Sequence[int]] | None = None,
+    tokens_per_batch: int = 8192,
+    show_progress: bool = False,
+) -> list[Continuation]:
+    """Continue each prompt greedily, up to an end-of-text token, ``max_new_tokens`` or what ``finished`` says.
+
     The model's own generation settings (sampling, penalties, forbidden tokens) do not count, only its end-of-text
-    tokens; where it names none, the tokenizer's. In fp32 the texts are those of one prompt at a time; in half precision
+    tokens; where it names none, the tokenizer's. In fp32 the tokens are those of one prompt at a time; in half precision
     a batch rounds differently, and near ties may fall the other way.
 
     Args:
         adapter: The model and its tokenizer.
         prompts: The texts to continue.
         max_new_tokens: The longest continuation, in tokens.
+        finished: Whether a row, given its new tokens so far, needs no more.
+        candidates: For each prompt token ids whose log-likelihood right after the prompt is wanted as well.
         tokens_per_batch: Tokens of a padded batch with its continuations; more needs more memory.
         show_progress: Whether to show a bar over the batches.
 
     Returns:
-        The new text alone, without special tokens, in the order of the prompts.
+        One continuation a prompt, in the order given.
 
     Raises:
         ValueError: A prompt without tokens, or too long for the model's context; raised before the model runs.
@@ -55,52 +101,92 @@ def generate(
     rows = [row.ids for row in encode(adapter.tokenizer, prompts)]
     lengths = [len(ids) + max_new_tokens if ids else 0 for ids in rows]
     check_lengths(adapter, lengths, prompts)
-    batches = by_length(lengths, tokens_per_batch)
-    texts = [""] * len(rows)
-    with measuring(adapter.model), _greedy(adapter, max_new_tokens) as config:
-        ends = set(config.eos_token_id)
-        for batch in track(batches, "Generating", show=show_progress, unit="batch"):
-            longest = len(rows[batch[0]])
-            # padded on the left: the new tokens follow the prompts' last ones
-            inputs = pad([rows[i] for i in batch], adapter.device, anchors=[len(rows[i]) for i in batch])
-            model: Any = adapter.model
-            output = model.generate(
-                input_ids=inputs.input_ids,
-                attention_mask=inputs.attention_mask,
-                generation_config=config,
+    ends = _ends(adapter)
+    candidates = [()] * len(rows) if candidates is None else candidates
+    found: list[Continuation] = [Continuation(ids, (), False) for ids in rows]
+    with measuring(adapter.model):
+        for batch in track(by_length(lengths, tokens_per_batch), "Generating", show=show_progress, unit="batch"):
+            new, log_probs = _decode(
+                adapter,
+                [rows[i] for i in batch],
+                [candidates[i] for i in batch],
+                lambda tokens: len(tokens) == max_new_tokens or tokens[-1] in ends or finished(tokens),
             )
-            for i, new in zip(batch, output[:, longest:].tolist(), strict=True):
-                length = next((n for n, token in enumerate(new) if token in ends), len(new))
-                texts[i] = _continuation(adapter, rows[i], new[:length])
-    return texts
+            for i, tokens, wanted in zip(batch, new, log_probs, strict=True):
+                found[i] = Continuation(rows[i], tuple(tokens), tokens[-1] in ends, wanted)
+    return found
 
 
-@contextmanager
-def _greedy(adapter: Adapter, max_new_tokens: int) -> Iterator[GenerationConfig]:
-    """Plain greedy settings, in the place of the model's own.
+def _decode(
+    adapter: Adapter,
+    rows: Sequence[Sequence[int]],
+    candidates: Sequence[Sequence[int]],
+    finished: Callable[[Sequence[int]], bool],
+) -> tuple[list[list[int]], list[tuple[float, ...]]]:
+    """The new tokens of rows that run together, of which those that are finished leave; and the candidates' likelihoods."""
+    from transformers import DynamicCache
 
-    `generate` fills what a config leaves open from the model's own, so the latter is set aside as well.
-    """
-    from transformers import GenerationConfig
+    # padded on the left: the new tokens follow the prompts' last ones
+    batch = pad(rows, adapter.device, anchors=[len(row) for row in rows])
+    ids, mask, position = batch.input_ids, batch.attention_mask, batch.position_ids
+    cache = DynamicCache(config=adapter.model.config.get_text_config())
+    new: list[list[int]] = [[] for _ in rows]
+    log_probs: list[tuple[float, ...]] = []
+    alive = list(range(len(rows)))
+    while True:
+        logits = adapter.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        if not log_probs:
+            likely = logits.float().log_softmax(-1) if any(candidates) else logits
+            log_probs = [tuple(row[[*ids_]].tolist()) for row, ids_ in zip(likely, candidates, strict=True)]
+        for row, token in zip(alive, logits.argmax(-1).tolist(), strict=True):
+            new[row].append(token)
+        stay = [place for place, row in enumerate(alive) if not finished(new[row])]
+        if not stay:
+            return new, log_probs
+        if len(stay) < len(alive):
+            alive = [alive[place] for place in stay]
+            kept = torch.tensor(stay, device=mask.device)
+            cache.batch_select_indices(kept)
+            mask, position = mask[kept], position[kept]
+        ids = torch.tensor([[new[row][-1]] for row in alive], device=mask.device)
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        position = position[:, -1:] + 1
 
-    model: PreTrainedModel = adapter.model
-    own: GenerationConfig = model.generation_config
+
+def _ends(adapter: Adapter) -> set[int]:
+    """The model's end-of-text tokens; where it names none, the tokenizer's."""
+    own: Any = adapter.model.generation_config
     ends = own.eos_token_id if own.eos_token_id is not None else adapter.tokenizer.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    # padding is masked, and cut off after the end: any token will do
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0] if ends else 0
-    )
-    model.generation_config = config
-    try:
-        yield config
-    finally:
-        model.generation_config = own
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
-def _continuation(adapter: Adapter, prompt: Sequence[int], new: Sequence[int]) -> str:
+def continued_text(
+    adapter: Adapter, continuation: Continuation, *, first: int | None = None, special: bool = False
+) -> str:
+    """The new text of a continuation.
+
+    Args:
+        adapter: The model, for its tokenizer.
+        continuation: What the model wrote.
+        first: So many new tokens, None for all.
+        special: Whether special tokens, such as that at the end of the text, stand in it.
+    """
+    new = continuation.tokens[:first]
+    if not special and continuation.ended and len(new) == len(continuation.tokens):
+        new = new[:-1]
+    return _continuation(adapter, continuation.prompt, new, special=special)
+
+
+def _continuation(adapter: Adapter, prompt: Sequence[int], new: Sequence[int], *, special: bool = False) -> str:
     # decoded together with the prompt, since a SentencePiece tokenizer drops the space in front of a text
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    options = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
     before, text = (adapter.tokenizer.decode(ids, **options) for ids in ([*prompt], [*prompt, *new]))
     return str(text[len(before) :])
 
@@ -154,10 +240,11 @@ def begins_with(text: str, target: str) -> bool:
     Normalised: lower case, without ASCII punctuation, without a, an, the, white space as word boundary. "the French
     language" begins with "French", "Frenchman" does not. A target of which nothing is left begins no text.
     """
-    words, wanted = _normalised(text), _normalised(target)
+    words, wanted = normalised_words(text), normalised_words(target)
     return bool(wanted) and words[: len(wanted)] == wanted
 
 
-def _normalised(text: str) -> list[str]:
+def normalised_words(text: str) -> list[str]:
+    """The words of a text, normalised as in SQuAD: lower case, without ASCII punctuation and without a, an, the."""
     bare = text.lower().translate(str.maketrans("", "", string.punctuation))
     return [word for word in bare.split() if word not in ("a", "an", "the")]

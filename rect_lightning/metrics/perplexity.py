@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from rect_lightning.metrics.forward import hidden_states, measuring, token_log_probs
 from rect_lightning.processes import Processes
@@ -43,6 +44,33 @@ def perplexity(
     Raises:
         ValueError: ``context`` does not fit the model, ``limit`` is not positive, or there is no token to score.
     """
+    losses, counts = chunk_losses(
+        adapter,
+        text,
+        context=context,
+        limit=limit,
+        tokens_per_batch=tokens_per_batch,
+        show_progress=show_progress,
+        processes=processes,
+    )
+    return (losses.sum() / counts.sum()).exp().item()
+
+
+def chunk_losses(
+    adapter: Adapter,
+    text: str,
+    *,
+    context: int = 512,
+    limit: int | None = None,
+    tokens_per_batch: int = 2048,
+    show_progress: bool = False,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
+) -> tuple[Tensor, Tensor]:
+    """What `perplexity` is made of: the sum of each chunk's losses in nats, and how many tokens they are of.
+
+    Returns:
+        Two float64 tensors ``[chunks]`` on the CPU.
+    """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 token or None, got {limit}.")
     encoded = adapter.tokenizer(text, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
@@ -60,7 +88,7 @@ def perplexity(
     if not chunks:
         raise ValueError(f"Nothing to score: the text gives {len(body)} tokens with limit={limit}.")
 
-    total = torch.zeros((), dtype=torch.float64)
+    losses = torch.zeros(len(chunks), dtype=torch.float64)
     batches = processes.mine(by_length([len(chunk) for chunk in chunks], tokens_per_batch))
     with processes.together(), measuring(adapter.model):
         for batch in track(batches, "Perplexity", show=show_progress, unit="batch"):
@@ -69,5 +97,6 @@ def perplexity(
             tokens = [token for row in rows for token in row[1:]]
             hidden = hidden_states(adapter, rows).flatten(0, 1)
             log_probs, _ = token_log_probs(adapter, hidden, states, tokens)
-            total -= log_probs.cpu().double().sum()
-    return (processes.sum(total) / sum(len(chunk) - 1 for chunk in chunks)).exp().item()
+            for i, row in zip(batch, log_probs.cpu().double().split([len(row) - 1 for row in rows]), strict=True):
+                losses[i] = -row.sum()
+    return processes.sum(losses), torch.tensor([len(chunk) - 1.0 for chunk in chunks], dtype=torch.float64)

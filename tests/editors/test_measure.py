@@ -5,7 +5,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rect_lightning.editors.measure import Measurement, prose_path
+from rect_lightning.data.prose import prose_path
+from rect_lightning.editors.measure import Measurement
 from rect_lightning.metrics import EditMetrics, evaluate, perplexity
 from rect_lightning.solving.prefixes import Prefixes
 from tests import tiny

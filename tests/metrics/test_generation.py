@@ -8,7 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rect_lightning.metrics import begins_with, generate, generated_exact, generation, generation_entropy
+from rect_lightning.metrics import (
+    Continuation,
+    begins_with,
+    continuations,
+    continued_text,
+    generate,
+    generated_exact,
+    generation,
+    generation_entropy,
+)
 from tests.metrics.naive import greedy
 from tests.tiny import adapter as tiny_adapter
 
@@ -116,6 +125,37 @@ def test_bad_input_is_refused_before_the_model_runs(tiny):
         generate(tiny, ["I think"], max_new_tokens=0)
 
 
+def test_a_row_that_is_finished_leaves_and_the_others_go_on(tiny):
+    """Whatever is said of a row, its tokens are those of the plain model up to there."""
+    lengths = {tuple(greedy(tiny, prompt, 1)): n for n, prompt in enumerate(PROMPTS, 2)}
+    found = continuations(
+        tiny, PROMPTS, max_new_tokens=12, finished=lambda new: len(new) == lengths.get(tuple(new[:1]), 12)
+    )
+    expected = [greedy(tiny, prompt, 12) for prompt in PROMPTS]
+    expected = [tokens[: lengths[tuple(tokens[:1])]] for tokens in expected]
+    assert len({len(tokens) for tokens in expected}) > 1
+    assert [[*c.tokens] for c in found] == expected
+    assert not any(c.ended for c in found)
+
+
+def test_how_likely_a_first_token_is(tiny):
+    found = continuations(tiny, PROMPTS[:3], max_new_tokens=2, candidates=[[3, 7], [], [5]])
+    for prompt, ids, continuation in zip(PROMPTS, [[3, 7], [], [5]], found, strict=False):
+        inputs = torch.tensor([tiny.tokenizer(prompt)["input_ids"]])
+        log_probs = tiny.model(inputs).logits[0, -1].log_softmax(-1)
+        assert continuation.log_probs == pytest.approx(log_probs[ids].tolist(), abs=1e-5)
+
+
+def test_texts_of_a_continuation(tiny):
+    tokens = greedy(tiny, PROMPTS[0], 6)
+    tiny.model.generation_config.eos_token_id = 0
+    end = Continuation((5,), (*tokens, 0), True)
+    text = tiny.tokenizer.decode(tokens)
+    assert continued_text(tiny, end) == text
+    assert continued_text(tiny, end, special=True) == text + "<|endoftext|>"
+    assert continued_text(tiny, end, first=2, special=True) == tiny.tokenizer.decode(tokens[:2])
+
+
 def test_no_prompts(tiny):
     assert generate(tiny, []) == []
 
@@ -166,19 +206,18 @@ def test_generated_exact_is_the_share_of_hits(tiny, monkeypatch):
         generated_exact(tiny, [])
 
 
-def test_generated_exact_writes_enough_for_a_long_target(tiny):
+def test_generated_exact_writes_enough_for_a_long_target(tiny, monkeypatch):
     long = " ".join(["so"] * 30)
     (needed,) = {len(tiny.tokenizer(f" {long}")["input_ids"])}
     assert needed > 20
     widths = []
-    generate_ = tiny.model.generate
+    generate_ = generation.generate
 
-    def spy(**kwargs):
-        output = generate_(**kwargs)
-        widths.append(kwargs["generation_config"].max_new_tokens)
-        return output
+    def spy(adapter, prompts, **kwargs):
+        widths.append(kwargs["max_new_tokens"])
+        return generate_(adapter, prompts, **kwargs)
 
-    tiny.model.generate = spy
+    monkeypatch.setattr(generation, "generate", spy)
     generated_exact(tiny, [SimpleNamespace(text="I think", target_new=long)])
     assert widths == [needed + 8]
 
