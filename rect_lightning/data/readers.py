@@ -301,9 +301,10 @@ def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         for cells in reader:
             if not header:
                 header = [cell.strip() for cell in cells]
-            elif len(cells) > len(header):
+            elif cells and len(cells) != len(header):
                 raise RequestError(
-                    f'{len(cells)} cells under {len(header)} columns; put cells that hold a comma in "double quotes"',
+                    f"{len(cells)} cells under {len(header)} columns; put cells that hold a comma in "
+                    '"double quotes", and a comma after each cell that is empty',
                     where=f"{path}, line {line}",
                 )
             elif cells:
@@ -320,19 +321,19 @@ def _check_columns(found: list[str], format: Format, path: str) -> str:
     """The records' format, told by their columns where it is "auto"."""
     candidates = list(_COLUMNS) if format == "auto" else [format]
     matches = [candidate for candidate in candidates if set(_COLUMNS[candidate][0]) <= set(found)]
+    if "plain" in (matches[:1] or candidates):
+        known = [*_COLUMNS["plain"][0], *_COLUMNS["plain"][1]]
+        for column in found:
+            # A misspelt optional column would be dropped in silence, and with it a whole metric.
+            near = difflib.get_close_matches(column, known, n=1, cutoff=0.8)
+            if column not in known and near and near[0] not in found:
+                raise RequestError(f"unknown column; rename it to {near[0]!r}, or remove it", field=column, where=path)
     if not matches:
         expected = [
             f"{candidate}: {', '.join(_COLUMNS[candidate][0])}; optional {', '.join(_COLUMNS[candidate][1])}"
             for candidate in candidates
         ]
         raise RequestError(_listed(expected, f"wrong columns: found {', '.join(found)}; expected"), where=path)
-    if matches[0] == "plain":
-        known = [*_COLUMNS["plain"][0], *_COLUMNS["plain"][1]]
-        for column in found:
-            # A misspelt optional column would be dropped in silence, and with it a whole metric.
-            near = difflib.get_close_matches(column, known, n=1, cutoff=0.8)
-            if column not in known and near:
-                raise RequestError(f"unknown column; rename it to {near[0]!r}, or remove it", field=column, where=path)
     return matches[0]
 
 

@@ -285,6 +285,12 @@ def test_all_bad_records_are_reported_at_once(write):
             "line 4: subject",
         ),
         ("subject,prompt,target_new\na,{} is,b,c\n", "edits.csv", "line 2: 4 cells under 3 columns"),
+        ("subject,prompt,target_new\na,{} is,b\na,{} is\n", "edits.csv", "line 3: 2 cells under 3 columns"),
+        (
+            "subject,prompt,target_neww\na,{} is,b\n",
+            "edits.csv",
+            "target_neww: unknown column; rename it to 'target_new'",
+        ),
         ('subject,prompt,target_new\n"a\nb",{} is,c\n\nd,{} is,\n', "edits.csv", "line 5: target_new: empty"),
         ('subject,prompt,target_new\na,"{} is,b\n', "edits.csv", "line 2: broken CSV"),
     ],
