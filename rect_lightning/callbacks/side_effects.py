@@ -33,7 +33,7 @@ class SideEffects(Callback):
         limit: Ask the first so many records of each task; null for all.
         scoring: The published prompts and rules (paper), correct ones (standard), or both.
         precision: fp32, or bf16 for a copy of the weights in bf16, which is faster where the hardware knows bf16.
-        tokens_per_batch: Tokens of a batch with what is written after its prompts; more takes more memory and less time.
+        tokens_per_batch: Tokens of a batch with what is written after its prompts; more takes more memory.
         stop_below: End the fit early when an ability falls below this share of what it was at 0 edits, by the task's main
             score (for perplexity its inverse); null never does.
 

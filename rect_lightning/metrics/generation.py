@@ -134,14 +134,15 @@ def _decode(
     log_probs: list[tuple[float, ...]] = []
     alive = list(range(len(rows)))
     while True:
-        logits = adapter.model(
+        hidden = adapter.backbone(
             input_ids=ids,
             attention_mask=mask,
             position_ids=position,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        ).last_hidden_state
+        # a contiguous matrix: with a slice of three dimensions torch copies the vocabulary's weight for each row
+        logits = adapter.logits(hidden[:, -1].contiguous())
         if not log_probs:
             likely = logits.float().log_softmax(-1) if any(candidates) else logits
             log_probs = [tuple(row[[*ids_]].tolist()) for row, ids_ in zip(likely, candidates, strict=True)]

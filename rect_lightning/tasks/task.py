@@ -121,8 +121,7 @@ def measure(
         scoring: The published prompts and rules (paper), correct ones (standard), or both.
         precision: fp32 gives the answers of the plain model one prompt at a time; bf16 runs a copy of the weights in bf16,
             which is faster where the hardware knows bf16, and may answer otherwise where two words are nearly as likely.
-        tokens_per_batch: Tokens of a padded batch with what is written after its prompts; more takes more memory, and less time
-            where reading the weights is what takes it.
+        tokens_per_batch: Tokens of a padded batch with what is written after its prompts; more takes more memory.
         processes: The processes that share the records, all with the same model; each gets the result.
         show_progress: Whether to show bars.
 

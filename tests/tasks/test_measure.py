@@ -87,7 +87,7 @@ def test_a_prompt_that_is_asked_twice_is_run_once(tiny, said):
         ids = kwargs["input_ids"]
         rows += len(ids) if ids.shape[1] > 1 else 0
 
-    tiny.model.register_forward_pre_hook(count, with_kwargs=True)
+    tiny.backbone.register_forward_pre_hook(count, with_kwargs=True)
     measure(tiny, said)
     assert rows == 6
 
