@@ -78,6 +78,15 @@ def killed_run(folder, point):
     fit(memit(folder), facts(folder), RECT(0.4), running, *callbacks, enable_checkpointing=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the processes that are killed: another number of threads adds up in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def processes():
     """Processes that are forked from one which has all imported and nothing computed."""
