@@ -8,7 +8,7 @@ model calls the later blocks, and `Tail` calls them again with those arguments, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -144,6 +144,10 @@ class _Prefix:
         before_keys, before_values = self.layers[layer_idx]
         return torch.cat([before_keys, keys], dim=-2), torch.cat([before_values, values], dim=-2)
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> _Prefix:
+        """The same with each tensor changed."""
+        return _Prefix({layer: (change(keys), change(values)) for layer, (keys, values) in self.layers.items()})
+
 
 class Tail:
     """The blocks after a layer, the final norm and the head, in a precision of their own.
@@ -198,15 +202,13 @@ class Tail:
         def cut(x: Any) -> Any:
             if isinstance(x, Cache):
                 return cache
-            if isinstance(x, tuple):
-                return tuple(cut(item) for item in x)
             if not isinstance(x, Tensor):
                 return x
             if id(x) not in done:
                 done[id(x)] = self._cast(_from_column(x, column, columns))
             return done[id(x)]
 
-        return [Call(cut(c.args), {name: cut(x) for name, x in c.kwargs.items()}) for c in calls]
+        return [_mapped(call, cut) for call in calls]
 
     def _cast(self, x: Tensor) -> Tensor:
         if not x.is_floating_point() or x.dtype == self.dtype:
@@ -227,20 +229,28 @@ def select_rows(calls: Sequence[Call], rows: Tensor, count: int) -> list[Call]:
     """Calls of a tail for some of the ``count`` rows of a batch."""
     done: dict[int, Any] = {}
 
-    def pick(x: Any) -> Any:
-        if isinstance(x, tuple):
-            return tuple(pick(item) for item in x)
-        if isinstance(x, Tensor) and x.shape[0] == count:
-            if id(x) not in done:
-                done[id(x)] = x.index_select(0, rows)
-            return done[id(x)]
-        if isinstance(x, _Prefix):
-            if id(x) not in done:
-                done[id(x)] = _Prefix({layer: pick(pair) for layer, pair in x.layers.items()})
-            return done[id(x)]
-        return x
+    def take(x: Tensor) -> Tensor:
+        return x.index_select(0, rows) if x.shape[0] == count else x
 
-    return [Call(pick(c.args), {name: pick(x) for name, x in c.kwargs.items()}) for c in calls]
+    def pick(x: Any) -> Any:
+        if not isinstance(x, Tensor | _Prefix):
+            return x
+        if id(x) not in done:
+            done[id(x)] = take(x) if isinstance(x, Tensor) else x.mapped(take)
+        return done[id(x)]
+
+    return [_mapped(call, pick) for call in calls]
+
+
+def _mapped(call: Call, change: Callable[[Any], Any]) -> Call:
+    """A call with each of its arguments changed, also inside tuples."""
+    return Call(_inside(call.args, change), {name: _inside(x, change) for name, x in call.kwargs.items()})
+
+
+def _inside(x: Any, change: Callable[[Any], Any]) -> Any:
+    # a function of its own: one that called itself from within would be a reference cycle, which keeps the caches of
+    # thousands of requests in memory until the garbage collector comes
+    return tuple(_inside(item, change) for item in x) if isinstance(x, tuple) else change(x)
 
 
 def first(output: Any) -> Tensor:
