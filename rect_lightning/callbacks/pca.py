@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rect_lightning.callbacks.changes import Change, replace
 from rect_lightning.callbacks.regulariser import Regulariser, check_share
-from rect_lightning.solving.spectrum import along, frobenius_norm, principal_directions
+from rect_lightning.solving.spectrum import along, count_for_energy, frobenius_norm, principal_directions
 
 
 class PCA(Regulariser):
@@ -35,6 +35,7 @@ class PCA(Regulariser):
     """
 
     own_options = ("keep", "of")
+    repeatable = False
 
     def __init__(
         self, keep: float = 0.4, *, of: Literal["rank", "dimension", "energy"] = "rank", **options: Any
@@ -44,7 +45,6 @@ class PCA(Regulariser):
         if of not in ("rank", "dimension", "energy"):
             raise ValueError(f"of is rank, dimension or energy; got {of!r}.")
         self.keep, self.of = keep, of
-        self.repeatable = of == "dimension"
 
     def regularise(self, changes: Sequence[Change]) -> dict[str, float]:
         """Project, and tell how many components are left and what share of the norm."""
@@ -61,9 +61,7 @@ class PCA(Regulariser):
 
     def _count(self, singular: Tensor, change: Change, update: Tensor) -> int:
         if self.of == "energy":
-            # how many leading ones hold less than the share, and one more
-            cumulated = singular.square().cumsum(0)
-            return min(int((cumulated < self.keep * cumulated[-1]).sum()) + 1, len(singular))
+            return count_for_energy(singular, self.keep)
         if self.of == "dimension":
             return max(1, round(self.keep * len(singular)))
         return max(1, round(self.keep * _rank(singular, change, update)))

@@ -55,8 +55,8 @@ class Regulariser(Callback, ABC):
     own_options: ClassVar[tuple[str, ...]] = ()
     """Attributes with a method's own options, which its state in a checkpoint is told apart by."""
     repeatable: bool = True
-    """Whether it leaves as it is what it has left. Else it acts only after steps: not again at the end of a run, as on
-    averaged weights that another callback puts in place there."""
+    """Whether it leaves as it is, bit for bit, what it has left. Else it acts only after steps, and not once more at the end
+    of a run, where other callbacks may have put averaged weights in place."""
 
     def __init__(
         self,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rect_lightning.solving.orientation import keeps_in_out
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -92,12 +94,8 @@ class Adapter:
         return weight
 
     def oriented(self, layer: int, matrix: Tensor) -> Tensor:
-        """A matrix ``[out, in]`` in the orientation of the layer's weight, or back again (it is its own inverse).
-
-        ``Linear`` keeps ``[out, in]``, GPT-2's ``Conv1D`` keeps ``[in, out]``. The type of the layer decides, never the
-        shape, which says nothing when it is square.
-        """
-        return matrix.T if _is_conv1d(self.projection(layer)) else matrix
+        """A matrix ``[out, in]`` in the orientation of the layer's weight, or back again (it is its own inverse)."""
+        return matrix.T if keeps_in_out(self.projection(layer)) else matrix
 
     def check_layers(self, layers: list[int]) -> None:
         """Refuse layers that this model does not have.
@@ -138,14 +136,8 @@ class Adapter:
         return change
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
-
-
 def _check_projection(module: nn.Module, name: str) -> None:
-    if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
+    if not (isinstance(module, nn.Linear) or keeps_in_out(module)):
         raise TypeError(f"{name} is a {type(module).__name__}; a Linear or a Conv1D can be edited.")
     weight: Any = module.weight
     if not weight.is_floating_point():

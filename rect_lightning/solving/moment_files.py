@@ -69,6 +69,25 @@ def precomputed(adapter: Adapter, layers: list[int], source: str, *, fingerprint
     return {layer: _load(adapter, layer, path, fingerprint) for layer, path in paths.items()}
 
 
+def matrix(path: str | Path) -> Tensor:
+    """``C`` from one file, of whatever weight: ``.npz`` as published, or ``.safetensors`` with a tensor of that name.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds no second moments.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path.resolve()} of second moments.")
+    if path.suffix == ".npz":
+        return _published(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("C")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file with a tensor C ({error}).") from error
+
+
 def _path(adapter: Adapter, layer: int, source: str, *, of: int) -> Path:
     path = Path(source.replace("{layer}", str(layer)))
     if path.is_dir():

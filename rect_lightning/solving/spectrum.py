@@ -25,9 +25,7 @@ def principal_directions(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``σ``, ``[min(m, n)]``, and ``U`` in columns, ``[min(m, n), min(m, n)]``; both float64, on the matrix's device.
     """
-    matrix = matrix.double()
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(_gram(matrix))
     return values.clamp(min=0).sqrt().flip(0), vectors.flip(1)
 
 
@@ -44,3 +42,37 @@ def along(matrix: Tensor, directions: Tensor, factors: Tensor | float = 1.0) -> 
     """
     scaled, wide = directions * factors, matrix.double()
     return scaled @ (directions.T @ wide) if matrix.shape[0] <= matrix.shape[1] else (wide @ directions) @ scaled.T
+
+
+def spectral_norm(matrix: Tensor) -> float:
+    """The largest singular value of ``[m, n]``."""
+    return float(torch.linalg.eigvalsh(_gram(matrix))[-1].clamp(min=0).sqrt())
+
+
+def count_for_energy(singular: Tensor, energy: float) -> int:
+    """How many of the largest singular values it takes to hold at least this share of the sum of their squares."""
+    cumulated = singular.square().cumsum(0)
+    return min(int((cumulated < energy * cumulated[-1]).sum()) + 1, len(singular))
+
+
+def leading_inputs(matrix: Tensor, energy: float) -> Tensor:
+    """The fewest leading right singular vectors that hold this share of the squared Frobenius norm.
+
+    Args:
+        matrix: ``[out, in]``.
+        energy: The share, above 0 and up to 1.
+
+    Returns:
+        Orthonormal columns, ``[in, r]`` float64.
+    """
+    singular, vectors = principal_directions(matrix)
+    count = min(count_for_energy(singular, energy), int((singular > 1e-7 * singular[0]).sum()))
+    leading = vectors[:, :count]
+    if matrix.shape[0] <= matrix.shape[1]:  # these are the left ones
+        leading = matrix.double().T @ leading / singular[:count]
+    return leading
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    wide = matrix.double()
+    return wide @ wide.T if matrix.shape[0] <= matrix.shape[1] else wide.T @ wide

@@ -1,24 +1,14 @@
 """The controls of RECT: Random, PCA and Shrink, against their definitions."""
 
+from functools import partial
+
 import pytest
 import torch
 from lightning.pytorch import Callback
 
 from rect_lightning.callbacks import PCA, RECT, Random, Shrink
 from tests.callbacks.test_rect import assert_same, changed, left
-from tests.callbacks.training import BATCHES, Model, adamw, fit, sgd, weights
-
-KINDS = [sgd, adamw, lambda m: torch.optim.SGD(m.parameters(), 0.01, momentum=0.9)]
-
-
-def updates(callback, optimizer, **options):
-    """What each weight's update is without and with a callback, in a first step."""
-    free, module = Model(optimizer), Model(optimizer)
-    before = weights(module)
-    fit(free)
-    logged = fit(module, callback, **options).callback_metrics
-    pairs = {n: (weights(free)[n] - w, weights(module)[n] - w) for n, w in before.items()}
-    return before, pairs, {name: float(value) for name, value in logged.items()}
+from tests.callbacks.training import KINDS, Model, adamw, fit, fit_with_a_stop, sgd, truncated, updates, weights
 
 
 @pytest.mark.parametrize("optimizer", KINDS)
@@ -63,11 +53,6 @@ def test_random_over_a_run_is_one_choice():
     before = weights(module)
     fit(module, Random(0.3, scope="run", start_step=0), steps=7)
     assert changed(before, weights(module)) == {n: round(0.3 * w.numel()) for n, w in before.items()}
-
-
-def truncated(matrix, count):
-    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return ((u[:, :count] * s[:count]) @ vh[:count]).float()
 
 
 @pytest.mark.parametrize("optimizer", KINDS)
@@ -145,30 +130,12 @@ def test_they_act_in_the_order_of_the_list():
         torch.testing.assert_close(got[1], truncated(rect, 1), atol=2e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize("make", [lambda: Random(0.3), lambda: PCA(0.5), lambda: Shrink(like_rect=0.3)])
 @pytest.mark.parametrize("options", [{}, {"scope": "run"}, {"every_n_steps": 4}], ids=str)
+@pytest.mark.parametrize(
+    "make", [partial(Random, 0.3), partial(PCA, 0.5), partial(Shrink, like_rect=0.3)], ids=["Random", "PCA", "Shrink"]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(make, options, tmp_path):
-    class ByStep(Model):  # a DataLoader begins anew when it is resumed
-        def training_step(self, batch, batch_idx):
-            return super().training_step(BATCHES[4 * self.global_step :][:4], batch_idx)
-
-    def callback():
-        made = make()
-        return type(made)(**{n: getattr(made, n) for n in made.own_options}, **options)
-
-    whole, stopped, resumed = ByStep(adamw), ByStep(adamw), ByStep(adamw)
-    fit(whole, callback(), steps=8)
-
-    class Stop(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 3:
-                trainer.save_checkpoint(tmp_path / "stopped.ckpt")
-                raise KeyError("stopped")
-
-    with pytest.raises(KeyError, match="stopped"):
-        fit(stopped, callback(), Stop(), steps=8)
-    torch.load(tmp_path / "stopped.ckpt", weights_only=True)
-    fit(resumed, callback(), steps=8, ckpt_path=tmp_path / "stopped.ckpt")
+    whole, resumed = fit_with_a_stop(partial(make, **options), tmp_path)
     assert_same(weights(resumed), weights(whole))
 
 
