@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import editing, speed, tasks
+from benchmarks import editing, regularisers, speed, tasks
 from tests import tiny
 
 
@@ -59,3 +59,9 @@ def test_the_table_of_tasks(folder, tmp_path):
     assert float(rows[1][5].rstrip("| ")) > 0
     (told,) = map(json.loads, outputs.read_text().splitlines())
     assert told["prompts"] == ["It rains. entails the It is wet.. True or False? answer:"]
+
+
+def test_the_costs_of_regularisers(capsys):
+    regularisers.main(["--shape", "24", "40"])
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in capsys.readouterr().out.splitlines()[4:]]
+    assert rows == [*regularisers.MAKERS, "NullSpace, once a run"]

@@ -17,10 +17,10 @@ class PCA(Regulariser):
     No mean is subtracted: an update has no mean that would be worth more than its other entries.
 
     A rank-one update, such as ROME's, is its own leading component and left as it is, whatever the share. The "PCA 40" of the
-    RECT paper is something else. In its public code, a count of components by ``of: dimension`` (320 of 1600 as published) is
-    fitted by scikit-learn, which subtracts the mean of each column, and the *scores* ``U_r S_r`` are written in the first r
-    columns of a matrix of zeros. They are not turned back by ``V_rᵀ``, so the columns no longer mean the dimensions of the
-    weight, and what is added is as large as the update but points elsewhere: this is why it loses the edits there.
+    RECT paper is something else. Its public code counts components by ``of: dimension`` (320 of 1600 as published) and fits
+    them by scikit-learn, which subtracts the mean of each column; but then it writes the *scores* ``U_r S_r`` into the first r
+    columns of a matrix of zeros. They are not turned back by ``V_rᵀ``, so those columns do not mean the dimensions of the
+    weight: what is added is nearly as large as the update and points elsewhere, which loses the edit.
 
     Args:
         keep: Share of what ``of`` says, above 0 and up to 1; at least one component is left.
