@@ -1,8 +1,9 @@
-"""All configurations of a grid are parsed and built before the first cell starts."""
+"""All configurations of a grid are parsed and built before the first cell starts, and their data read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from rect_lightning.experiments.cell import Cell
@@ -10,7 +11,7 @@ from rect_lightning.parser import reason
 
 
 def check(cells: Sequence[Cell]) -> None:
-    """Parse the cells' configurations and build what they name; then read their data. No model is loaded.
+    """Parse the cells' configurations and build what they name; then read their data, once each. No model is loaded.
 
     Raises:
         ValueError: Some are wrong. All reasons are told, each with a cell that it is of.
@@ -18,6 +19,7 @@ def check(cells: Sequence[Cell]) -> None:
     from lightning.pytorch import Trainer
     from lightning.pytorch.cli import LightningArgumentParser
 
+    from rect_lightning.callbacks import SideEffects
     from rect_lightning.data import EditData
     from rect_lightning.editors import Editor
 
@@ -26,28 +28,24 @@ def check(cells: Sequence[Cell]) -> None:
     parser.add_class_arguments(Trainer, "trainer", instantiate=False)  # building one asks for the device
     parser.add_lightning_class_args(Editor, "model", subclass_mode=True)
     parser.add_lightning_class_args(EditData, "data")
-
-    built: dict[str, Any] = {}
+    readings: dict[str, tuple[Cell, Callable[[], None]]] = {}
 
     def build(cell: Cell) -> None:
-        data = parser.instantiate_classes(parser.parse_object(cell.config)).data
-        built.setdefault(repr(cell.config.get("data")), (cell, data))
+        built: Any = parser.instantiate_classes(parser.parse_object(cell.config))
+        readings.setdefault(repr(cell.config.get("data")), (cell, partial(built.data.setup, "fit")))
+        for asked, callback in zip(cell.config["trainer"]["callbacks"], built.trainer.callbacks, strict=True):
+            if isinstance(callback, SideEffects):
+                readings.setdefault(repr(asked), (cell, partial(callback.setup, built.trainer, built.model, "fit")))
 
-    _all_or_reasons(cells, build)
-    data = {cell.name: data for cell, data in built.values()}
-    _all_or_reasons([cell for cell, _ in built.values()], lambda cell: _read(data[cell.name]))
-
-
-def _read(data: Any) -> None:
-    data.prepare_data()
-    data.setup("fit")
+    _all_or_reasons((cell, partial(build, cell)) for cell in cells)
+    _all_or_reasons(readings.values())
 
 
-def _all_or_reasons(cells: Sequence[Cell], do: Callable[[Cell], None]) -> None:
+def _all_or_reasons(steps: Iterable[tuple[Cell, Callable[[], None]]]) -> None:
     wrong: dict[str, list[str]] = {}
-    for cell in cells:
+    for cell, step in steps:
         try:
-            do(cell)
+            step()
         except (Exception, SystemExit) as error:
             wrong.setdefault(reason(str(error)), []).append(cell.name)
     if wrong:

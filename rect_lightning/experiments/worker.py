@@ -67,8 +67,8 @@ def _peak_memory() -> dict[str, Any]:
 
         unit = 1 if sys.platform == "darwin" else 1024
         peak["peak_memory/host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if torch.cuda.is_available():
-        peak["peak_memory/device"] = torch.cuda.max_memory_allocated()
+    if ask := getattr(torch.get_device_module(), "max_memory_allocated", None):
+        peak["peak_memory/device"] = ask()
     return peak
 
 
