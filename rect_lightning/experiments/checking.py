@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,8 @@ def check(cells: Sequence[Cell]) -> None:
     readings: dict[str, tuple[Cell, Callable[[], None]]] = {}
 
     def build(cell: Cell) -> None:
-        built: Any = parser.instantiate_classes(parser.parse_object(cell.config))
+        # a copy, since parsing completes what it is given
+        built: Any = parser.instantiate_classes(parser.parse_object(deepcopy(cell.config)))
         readings.setdefault(repr(cell.config.get("data")), (cell, partial(built.data.setup, "fit")))
         for asked, callback in zip(cell.config["trainer"]["callbacks"], built.trainer.callbacks, strict=True):
             if isinstance(callback, SideEffects):

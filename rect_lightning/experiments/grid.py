@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -51,8 +52,8 @@ class Grid:
             raise ValueError(f"The grid {self.name} needs axes with at least one level each; empty: {empty or 'axes'}.")
         for chosen in self.skip:
             self._check_levels("skip", chosen)
-        names = [cell.name.casefold() for cell in self.cells()]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        names = Counter(cell.name.casefold() for cell in self.cells())
+        twice = [name for name, count in names.items() if count > 1]
         if twice:
             raise ValueError(f"Cells would share a folder: {', '.join(twice[:5])}. Give their levels other names.")
         if not names:
@@ -87,7 +88,7 @@ class Grid:
         name = str(content["name"])
         return cls(
             name=name,
-            output=Path(content.get("output") or ""),
+            output=Path(content.get("output") or "").expanduser(),
             base=base,
             common=_mapping("common", content.get("common")),
             axes={

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from datetime import timedelta
+from time import sleep
 
 from filelock import Timeout
 
@@ -29,7 +31,7 @@ def run_grid(
 ) -> list[Cell]:
     """Run all cells that are not done, each in a process of its own, and collect the table after each.
 
-    One that was broken off goes on from its last checkpoint. A cell that another command is running is waited for in the end.
+    One that was broken off goes on from its last checkpoint. A cell that another command is running is waited for.
     Each process gets its share of the cores as ``OMP_NUM_THREADS``, unless that is set.
 
     Args:
@@ -52,17 +54,13 @@ def run_grid(
     environment = {"OMP_NUM_THREADS": str(max(1, _cores() // jobs)), **os.environ}
     queue, failed, ended = list(cells), list[Cell](), 0
     running: dict[subprocess.Popen[bytes], Cell] = {}
-    waited_for: list[Cell] = []  # run by another command
     start = time.monotonic()
     try:
         while queue or running:
-            while queue and len(running) < jobs:
-                cell = queue.pop(0)
-                if cell in waited_for or _prepared(cell):
+            for cell in list(queue):
+                if len(running) < jobs and _prepared(cell):
+                    queue.remove(cell)
                     running[_start(cell, environment)] = cell
-                else:
-                    waited_for.append(cell)
-                    queue.append(cell)
             for process in [process for process in running if process.poll() is not None]:
                 cell, ended = running.pop(process), ended + 1
                 if process.returncode:
@@ -73,7 +71,7 @@ def run_grid(
                     f"FAILED, see {cell.log}" if process.returncode else "done", timedelta(seconds=round(seconds)),
                 )  # fmt: skip
                 collect(grid)
-            time.sleep(0.05)
+            sleep(0.1)
     finally:
         _stop(running)
     return failed
@@ -102,12 +100,15 @@ def _prepared(cell: Cell) -> bool:
     return True
 
 
+def _command(cell: Cell) -> list[str]:
+    return [sys.executable, "-m", "rect_lightning.experiments.worker", str(cell.folder)]
+
+
 def _start(cell: Cell, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "rect_lightning.experiments.worker", str(cell.folder)]
     with cell.log.open("ab") as log:
         # in a session of its own, so that Ctrl-C comes from here, once
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            _command(cell), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
 
 
@@ -116,9 +117,11 @@ def _stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         process.send_signal(signal.SIGTERM if sys.platform == "win32" else signal.SIGINT)
     until = time.monotonic() + _GRACE
-    for process in processes:
-        try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            for process in processes:
+                process.wait(max(0.0, until - time.monotonic()))
+    finally:  # also after another Ctrl-C
+        for process in processes:
             process.kill()
             process.wait()
