@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from rect_lightning.experiments.cell import Cell
-from rect_lightning.parser import reason
 
 
 def check(cells: Sequence[Cell]) -> None:
@@ -44,6 +43,8 @@ def check(cells: Sequence[Cell]) -> None:
 
 
 def _all_or_reasons(steps: Iterable[tuple[Cell, Callable[[], None]]]) -> None:
+    from rect_lightning.parser import reason
+
     wrong: dict[str, list[str]] = {}
     for cell, step in steps:
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -207,3 +209,12 @@ def test_the_paper_s_grid():
             name for name in (cell.levels["regulariser"].split()[0],) if name != "none"
         ]
         assert cell.config["data"]["offset"] == 50 * int(cell.levels["seed"])
+
+
+def test_the_documentation_s_grid():
+    docs = Path(__file__).resolve().parents[2] / "docs" / "experiments.md"
+    grid = Grid.load(re.search(r"```yaml\n(.*?)```", docs.read_text(encoding="utf-8"), re.DOTALL)[1])
+    cells = grid.cells()
+    assert len(cells) == 7
+    assert cells[0].folder.as_posix() == "runs/keep/ROME_none_seed-0"
+    check(cells[-1:])
