@@ -25,10 +25,10 @@ import yaml
 
 from benchmarks.machine import description, matrix_speed, memory_speed, peak_memory, timed
 from benchmarks.naive import naive_scores, naive_search
-from rect_lightning.cli import configs_folder
 from rect_lightning.data import EditRequest, read_requests
 from rect_lightning.metrics import evaluate, score_targets
 from rect_lightning.models import Adapter, Source, adapter_for
+from rect_lightning.shipped import configs_folder
 from rect_lightning.solving.blocks import Tail, ending_at
 from rect_lightning.solving.corpus import Moments, token_rows
 from rect_lightning.solving.keys import subject_states

@@ -22,8 +22,10 @@ from rect_lightning.callbacks.summary import Summary
 from rect_lightning.data import EditData
 from rect_lightning.editors import Editor
 from rect_lightning.editors.locate_then_edit import LocateThenEdit
+from rect_lightning.experiments.command import experiment
 from rect_lightning.parser import EditParser, reason
 from rect_lightning.runs import checkpoint_file
+from rect_lightning.shipped import find_config
 
 _log = logging.getLogger("rect_lightning")
 
@@ -166,6 +168,9 @@ def main(args: ArgsType = None) -> None:
     # a checkpoint is of whole operations, as it should be
     warnings.filterwarnings("ignore", message=r"Using ModelCheckpoint with manual optimization")
     words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words[:1] == ["experiment"]:
+        experiment(words[1:])
+        return
     if isinstance(words, list) and words and words[0] in COMMANDS:
         _command(words[0], words[1:])
         return
@@ -196,7 +201,8 @@ def main(args: ArgsType = None) -> None:
         parser_kwargs={
             "prog": "python -m rect_lightning",
             "description": "Edit language models, and measure what the edits did and what they harmed.",
-            "epilog": f"Besides: {', '.join(COMMANDS)}, for edited models as folders and patches; `export --help`.",
+            "epilog": f"Besides: {', '.join(COMMANDS)}, for edited models as folders and patches; `export --help`. And "
+            "experiment, for grids of fits; `experiment --help`.",
         },
         args=args,
     )
@@ -209,13 +215,6 @@ def _command(name: str, args: list[str]) -> None:
     parser = ArgumentParser(prog=f"rect_lightning {name}", description=description)
     parser.add_function_arguments(function, as_positional=True, sub_configs=False)
     function(**parser.parse_args(args))
-
-
-def configs_folder() -> Path:
-    """The folder of the configurations that come with the package."""
-    package = Path(__file__).parent
-    inside = package / "configs"  # in an installed wheel; in a checkout they lie beside the package
-    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def with_shipped_configs(args: Sequence[str]) -> list[str]:
@@ -237,11 +236,7 @@ def with_shipped_configs(args: Sequence[str]) -> list[str]:
 
 
 def _config(name: str) -> str:
-    # what does not end like a file may be a configuration written out, which jsonargparse takes too
-    if Path(name).is_file() or not name.endswith((".yaml", ".yml")):
-        return name
-    shipped = configs_folder() / name
-    if shipped.is_file():
-        return str(shipped)
-    names = ", ".join(sorted(path.name for path in configs_folder().glob("*.yaml")))
-    sys.exit(f"There is no file {name} here, nor a configuration of that name in the package, which has: {names}.")
+    try:
+        return find_config(name)
+    except FileNotFoundError as error:
+        sys.exit(str(error))

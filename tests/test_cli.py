@@ -16,6 +16,7 @@ from lightning.pytorch import Callback
 
 from rect_lightning import cli
 from rect_lightning.cli import main
+from rect_lightning.shipped import configs_folder
 from tests import tiny
 from tests.editors.test_base import PROSE, RECORDS, opinionated
 
@@ -482,7 +483,7 @@ def test_an_unknown_configuration_lists_the_shipped_ones(here):
     with pytest.raises(SystemExit) as end:
         main(["fit", "--config", "memit_gpt5.yaml"])
     assert "no file memit_gpt5.yaml" in end.value.code
-    assert all(path.name in end.value.code for path in cli.configs_folder().glob("*.yaml"))
+    assert all(path.name in end.value.code for path in configs_folder().glob("*.yaml"))
 
 
 def test_help_names_the_options_and_loads_no_model(here, capsys, monkeypatch):

@@ -9,9 +9,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rect_lightning.callbacks import RECT
-from rect_lightning.cli import configs_folder
 from rect_lightning.data import EditData
 from rect_lightning.editors import MEMIT, ROME, Editor
+from rect_lightning.shipped import configs_folder
 
 FILES = sorted(configs_folder().glob("*.yaml"))
 MODELS = ("gpt2xl", "gptj-6b", "llama-7b", "llama2-7b", "llama3-8b", "qwen2.5-7b", "mistral-7b", "smollm2")

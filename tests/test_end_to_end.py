@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from rect_lightning.cache import cache_dir
-from rect_lightning.cli import configs_folder, main
+from rect_lightning.cli import main
 from rect_lightning.data.prose import prose_path
 from rect_lightning.models import Source, adapter_for
+from rect_lightning.shipped import configs_folder
 from rect_lightning.tasks import measure, named
 
 pytestmark = pytest.mark.slow

@@ -63,7 +63,7 @@ def test_data_files_are_there_and_all_are_listed(setup):
             assert files, f"{package} has no {pattern}"
             listed |= files
     other = {p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
-    assert other | set((ROOT / "configs").iterdir()) == listed
+    assert other | {p for p in (ROOT / "configs").rglob("*") if p.is_file()} == listed
 
 
 def test_the_version_is_one(setup):
