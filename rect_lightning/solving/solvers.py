@@ -71,3 +71,42 @@ def least_squares(residuals: Tensor, keys: Tensor, moment: Factored, weight: flo
     system = keys @ solved
     system.diagonal().add_(weight)
     return residuals.T @ torch.linalg.solve(system, solved.T)
+
+
+_ALIKE = 1e-10
+"""The share of a key that keys before it leave unexplained, below which it counts as a combination of them: fp32 rounding
+alone leaves 1e-14."""
+
+
+def equality_constrained(residuals: Tensor, keys: Tensor, moment: Factored, ridge: float) -> Tensor:
+    """EMMET's update ``ΔW = R (Kᵀ C⁻¹ K + ridge · I)⁻¹ Kᵀ C⁻¹`` (Gupta et al. 2024, arXiv 2403.14236).
+
+    With a ridge it is `least_squares` with ``λ = ridge`` (Woodbury). Without one ``ΔW K = R`` holds, and of all such updates
+    it has the smallest ``tr(ΔW C ΔWᵀ)``.
+
+    Args:
+        residuals: ``R``, ``[requests, out]``.
+        keys: ``K``, ``[requests, in]``.
+        moment: ``C``, factored.
+        ridge: At least 0.
+
+    Returns:
+        ``ΔW``, ``[out, in]``, float64.
+
+    Raises:
+        ValueError: Without a ridge, a key is a combination of others, and so cannot be given a value of its own.
+    """
+    if ridge > 0:
+        return least_squares(residuals, keys, moment, ridge)
+    keys, residuals = keys.double(), residuals.double()
+    solved = moment.solve(keys.T)
+    system = keys @ solved
+    factor, failed = torch.linalg.cholesky_ex(system)
+    unexplained = factor.diagonal().square() / system.diagonal()
+    if failed.item() or not (unexplained > _ALIKE).all():
+        request = failed.item() - 1 if failed.item() else int(unexplained.argmin())
+        raise ValueError(
+            f"The key of request {request} of this batch, counted from 0, is a combination of those before it, so without "
+            "a ridge they cannot all have values of their own. Set ridge above 0, or edit them in different batches."
+        )
+    return residuals.T @ torch.cholesky_solve(solved.T, factor)
