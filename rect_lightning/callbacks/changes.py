@@ -8,6 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rect_lightning.solving.relative_change import relative_change
+from rect_lightning.solving.spectrum import frobenius_norm
+
 
 class Change(Protocol):
     """The change of one weight: ``scale · update``, starting from ``before``.
@@ -78,3 +81,16 @@ class WeightChange:
     def replace(self, update: Tensor) -> None:
         """Move the weight by the update from where it was."""
         self.weight.copy_(self.before + update)
+
+
+def relative(change: Change) -> Tensor:
+    """The relative change ``|ΔW / W|`` of a weight's entries, see `rect_lightning.solving.relative_change`."""
+    # scaled after the division, which needs no further copy of the matrix
+    return relative_change(change.update, change.before).mul_(abs(change.scale))
+
+
+def replace(change: Change, update: Tensor, left: Tensor) -> dict[str, float]:
+    """Leave this of the update, and tell what share of its Frobenius norm that is."""
+    whole = frobenius_norm(update)
+    change.replace(left)
+    return {f"{change.name}/norm": frobenius_norm(left) / whole if whole else 1.0}

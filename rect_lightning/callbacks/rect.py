@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from rect_lightning.callbacks.changes import Change
-from rect_lightning.callbacks.regulariser import Regulariser
-from rect_lightning.solving.relative_change import change_statistics, largest, largest_of_all, relative_change
+from rect_lightning.callbacks.changes import Change, relative
+from rect_lightning.callbacks.regulariser import Regulariser, check_share
+from rect_lightning.solving.relative_change import change_statistics, largest, largest_of_all
 
 
 class RECT(Regulariser):
@@ -37,6 +37,8 @@ class RECT(Regulariser):
         ValueError: keep is no share.
     """
 
+    own_options = ("keep", "per")
+
     def __init__(
         self,
         keep: float = 0.4,
@@ -46,27 +48,21 @@ class RECT(Regulariser):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if not 0 < keep <= 1:
-            raise ValueError(f"RECT's keep is a share above 0 and up to 1, such as 0.4 for the top 40 %; got {keep}.")
+        check_share(self, keep=keep)
         if per not in ("tensor", "all"):
             raise ValueError(f"per is tensor or all; got {per!r}.")
         self.keep, self.per, self.thresholds = keep, per, list(thresholds)
-
-    @property
-    def state_key(self) -> str:
-        """One for each choice of options, so that a Trainer can have several."""
-        return super().state_key + repr({"keep": self.keep, "per": self.per})
 
     def regularise(self, changes: Sequence[Change]) -> dict[str, float]:
         """Mask, and tell what each change was and what share of its entries is kept."""
         masks: list[Tensor] | None = None
         if self.per == "all":
             # computed again rather than held: δ of a whole model is as large as the model
-            masks = largest_of_all(lambda i: _delta(changes[i]), [c.before.numel() for c in changes], self.keep)
+            masks = largest_of_all(lambda i: relative(changes[i]), [c.before.numel() for c in changes], self.keep)
         logs: dict[str, float] = {}
         for i, change in enumerate(changes):
             update = change.update
-            delta = _delta(change)
+            delta = relative(change)
             statistics = change_statistics(update, delta, self.thresholds)
             statistics["manhattan"] *= abs(change.scale)
             mask = largest(delta, self.keep) if masks is None else masks[i].view(delta.shape)
@@ -74,8 +70,3 @@ class RECT(Regulariser):
             change.keep(mask)
             logs |= {f"{change.name}/{key}": value for key, value in statistics.items()}
         return logs
-
-
-def _delta(change: Change) -> Tensor:
-    # scaled after the division, which needs no further copy of the matrix
-    return relative_change(change.update, change.before).mul_(abs(change.scale))

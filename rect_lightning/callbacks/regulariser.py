@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -51,6 +51,12 @@ class Regulariser(Callback, ABC):
     Raises:
         ValueError: every_n_steps is below 1 or start_step below 0.
     """
+
+    own_options: ClassVar[tuple[str, ...]] = ()
+    """Attributes with a method's own options, which its state in a checkpoint is told apart by."""
+    repeatable: bool = True
+    """Whether it leaves as it is what it has left. Else it acts only after steps: not again at the end of a run, as on
+    averaged weights that another callback puts in place there."""
 
     def __init__(
         self,
@@ -279,20 +285,24 @@ class Regulariser(Callback, ABC):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Regularise what is still open: the last steps, and the whole run."""
-        self._close(self._all())
+        self._close_at_end()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The whole run once more, since other callbacks may have put averaged weights in place at the end of training.
 
         Warns of parameters that were chosen in vain.
         """
-        self._close(self._all())
+        self._close_at_end()
         left_out = [*without_optimizer(self._names, trainer.optimizers).values()]
         if left_out and (self.parameters, self.modules) != (None, None):
             rank_zero_warn(
                 f"{type(self).__name__} had nothing to regularise in {len(left_out)} of its {len(self._names)} chosen "
                 f"parameters, which no optimizer had: {', '.join(left_out[:3])}{', …' if len(left_out) > 3 else ''}."
             )
+
+    def _close_at_end(self) -> None:
+        if self.repeatable or self._open:
+            self._close(self._all())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the optimizers alone."""
@@ -315,16 +325,30 @@ class Regulariser(Callback, ABC):
     def state_key(self) -> str:
         """One for each choice of options, so that a Trainer can have several."""
         names = ("scope", "parameters", "modules", "every_n_steps", "start_step")
-        return self._generate_state_key(**{name: getattr(self, name) for name in names})
+        key = self._generate_state_key(**{name: getattr(self, name) for name in names})
+        return key + repr({name: getattr(self, name) for name in self.own_options}) if self.own_options else key
 
     def state_dict(self) -> dict[str, Any]:
         """The copies that changes are counted from, each optimizer's number of steps, and how many are left alone."""
-        return {"before": dict(self._before), "steps": list(self._steps), "start": self._start}
+        return {"before": dict(self._before), "steps": list(self._steps), "start": self._start, "open": self._open}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""
         self._before, self._steps = dict(state_dict["before"]), list(state_dict["steps"])
-        self._start, self._open = state_dict["start"], bool(self._before)
+        self._start, self._open = state_dict["start"], state_dict.get("open", bool(self._before))
+
+
+def check_share(regulariser: Regulariser, **options: float) -> None:
+    """Refuse options that are no shares.
+
+    Raises:
+        ValueError: One is 0 or below, or above 1.
+    """
+    for name, share in options.items():
+        if not 0 < share <= 1:
+            raise ValueError(
+                f"{type(regulariser).__name__}'s {name} is a share above 0 and up to 1, such as 0.4 for 40 %; got {share}."
+            )
 
 
 def _scale(group: dict[str, Any]) -> float:

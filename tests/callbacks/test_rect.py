@@ -145,7 +145,7 @@ def test_a_run_s_first_step_is_that_of_scope_step():
 
 @pytest.mark.parametrize("keep", [0, -0.1, 1.1, 40])
 def test_refuses_a_keep_that_is_no_share(keep):
-    with pytest.raises(ValueError, match=r"0\.4 for the top 40 %"):
+    with pytest.raises(ValueError, match=r"0\.4 for 40 %"):
         RECT(keep=keep)
 
 
