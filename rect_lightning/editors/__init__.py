@@ -1,8 +1,9 @@
 """Editing methods, one file each, as LightningModules."""
 
+from rect_lightning.editors.alphaedit import AlphaEdit
 from rect_lightning.editors.base import Editor
 from rect_lightning.editors.emmet import EMMET
 from rect_lightning.editors.memit import MEMIT
 from rect_lightning.editors.rome import ROME
 
-__all__ = ["EMMET", "MEMIT", "ROME", "Editor"]
+__all__ = ["EMMET", "MEMIT", "ROME", "AlphaEdit", "Editor"]

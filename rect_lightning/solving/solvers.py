@@ -110,3 +110,27 @@ def equality_constrained(residuals: Tensor, keys: Tensor, moment: Factored, ridg
             "a ridge they cannot all have values of their own. Set ridge above 0, or edit them in different batches."
         )
     return residuals.T @ torch.cholesky_solve(solved.T, factor)
+
+
+def null_space_least_squares(
+    residuals: Tensor, keys: Tensor, past: Tensor | None, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """AlphaEdit's update ``ΔW = R Kᵀ P (K_p K_pᵀ P + K Kᵀ P + L₂ I)⁻¹`` (Fang et al. 2025, arXiv 2410.02355).
+
+    ``P = Pᵀ = P P``, so with ``K̂ = P K`` it is ``R K̂ᵀ (K̂_p K̂_pᵀ + K̂ K̂ᵀ + L₂ I)⁻¹``, which is symmetric and needs no P.
+
+    Args:
+        residuals: ``R``, ``[requests, out]``.
+        keys: ``K̂``, the projected keys, ``[requests, in]``.
+        past: ``K̂_p K̂_pᵀ``, ``[in, in]`` float64, or None where nothing was edited before.
+        ridge: ``L₂``, positive.
+
+    Returns:
+        ``ΔW``, ``[out, in]``, and ``K̂_p K̂_pᵀ + K̂ K̂ᵀ``, both float64.
+    """
+    keys = keys.double()
+    total = keys.T @ keys if past is None else past.to(keys.device) + keys.T @ keys
+    # keys that are not finite make an update that is not, which the editor refuses by the requests' names
+    factor = torch.linalg.cholesky_ex(total + ridge * torch.eye(len(total), dtype=total.dtype, device=total.device)).L
+    update = residuals.to(keys).T @ torch.cholesky_solve(keys.T, factor).T
+    return update.to(residuals.device), total
