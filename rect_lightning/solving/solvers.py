@@ -47,7 +47,7 @@ def rank_one(residual: Tensor, direction: Tensor, key: Tensor) -> Tensor:
     return torch.outer(residual, direction) / direction.dot(key)
 
 
-def least_squares(residuals: Tensor, keys: Tensor, moment: Factored, weight: float) -> Tensor:
+def least_squares(residuals: Tensor, keys: Tensor, moment: Factored | None, weight: float) -> Tensor:
     """MEMIT's update ``ΔW = R Kᵀ (λC + K Kᵀ)⁻¹`` (Meng et al. 2023, MEMIT, eq. 14), with columns of K and R as rows here.
 
     With fewer keys than their width it is ``R (λI + Kᵀ A)⁻¹ Aᵀ`` with ``A = C⁻¹ K`` (Woodbury): a system of as many rows as
@@ -56,7 +56,7 @@ def least_squares(residuals: Tensor, keys: Tensor, moment: Factored, weight: flo
     Args:
         residuals: ``R``, ``[requests, out]``.
         keys: ``K``, ``[requests, in]``.
-        moment: ``C``, factored.
+        moment: ``C``, factored; None for the identity.
         weight: ``λ``.
 
     Returns:
@@ -64,10 +64,11 @@ def least_squares(residuals: Tensor, keys: Tensor, moment: Factored, weight: flo
     """
     keys, residuals = keys.double(), residuals.double()
     if len(keys) > keys.shape[1]:
-        factor = moment.factor.to(keys.device)
+        identity = torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device)
+        factor = identity if moment is None else moment.factor.to(keys.device)
         whole = Factored(weight * (factor @ factor.T) + keys.T @ keys, "λC + K Kᵀ")
         return whole.solve(keys.T @ residuals).T
-    solved = moment.solve(keys.T)
+    solved = keys.T if moment is None else moment.solve(keys.T)
     system = keys @ solved
     system.diagonal().add_(weight)
     return residuals.T @ torch.linalg.solve(system, solved.T)
@@ -134,3 +135,20 @@ def null_space_least_squares(
     factor = torch.linalg.cholesky_ex(total + ridge * torch.eye(len(total), dtype=total.dtype, device=total.device)).L
     update = residuals.to(keys).T @ torch.cholesky_solve(keys.T, factor).T
     return update.to(residuals.device), total
+
+
+def gradient_values(keys: Tensor, gradients: Tensor, lr: float) -> Tensor:
+    """UltraEdit's values ``V = −lr ‖ĥ‖² ĝ`` (Gu et al. 2025, arXiv 2505.14679), of normalised keys and gradients.
+
+    The update is their ridge regression on the keys as they are, ``ΔWᵀ = (HᵀH + I)⁻¹ Hᵀ V``: `least_squares` with the identity
+    for C and a weight of 1.
+
+    Args:
+        keys: ``ĥ``, ``[tokens, in]``.
+        gradients: ``ĝ``, ``[tokens, out]``.
+        lr: Learning rate.
+
+    Returns:
+        ``[tokens, out]``.
+    """
+    return -lr * keys.square().sum(dim=1, keepdim=True) * gradients

@@ -188,6 +188,6 @@ def test_refuses(options, message):
 
 def test_a_threshold_below_all_eigenvalues_is_refused_by_the_layer_s_name(tmp_path):
     editor = alphaedit(tmp_path, energy=None, threshold=1e-30)
-    with pytest.raises(ValueError, match="Layer 1: No eigenvalue .* threshold 1e-30"):
+    with pytest.raises(ValueError, match=r"Layer 1: No eigenvalue .* threshold 1e-30"):
         fit(editor, facts(tmp_path))
     assert editor.is_clean()

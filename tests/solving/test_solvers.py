@@ -38,6 +38,13 @@ def test_least_squares(requests, weight):
     assert relative(found, memit(residuals, keys, moment, weight)) < 1e-10
 
 
+@pytest.mark.parametrize("requests", [1, 24, 60])
+def test_without_a_moment_it_is_the_identity(requests):
+    keys, residuals = torch.randn(requests, 24), torch.randn(requests, 16)
+    found = least_squares(residuals, keys, None, 3.0)
+    assert relative(found, memit(residuals, keys, torch.eye(24).double(), 3.0)) < 1e-10
+
+
 def test_least_squares_with_a_moment_as_ill_conditioned_as_real_ones():
     """Eigenvalues from 4e-3 to 4e4, where the same in fp32 is wrong."""
     moment = moment_of(96, 4e-3, 4e4)
