@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rect_lightning.data import EditRequest
-from rect_lightning.editors import MEMIT, ROME
+from rect_lightning.editors import EMMET, MEMIT, ROME
 from rect_lightning.models import Source
 from rect_lightning.solving.blocks import Tail
 from rect_lightning.solving.prefixes import Prefixes
@@ -80,9 +80,13 @@ def test_rome(golden, number, with_c):
     assert values.losses[0, len(trace) :].isnan().all()
 
 
-def test_memit_and_rect(golden):
+@pytest.mark.parametrize(
+    ("method", "options"), [(MEMIT, {"moments_weight": 100}), (EMMET, {"ridge": 100})], ids=["MEMIT", "EMMET"]
+)
+def test_memit_and_rect(golden, method, options):
+    """EMMET too, whose update is MEMIT's where its ridge is MEMIT's λ."""
     model, tokenizer, meta, tensors = golden
-    editor = MEMIT(base=Source(name="tiny"), layers=[1, 2], moments_weight=100, prose=None)
+    editor = method(base=Source(name="tiny"), layers=[1, 2], prose=None, **options)
     covariances = {n: tensors["tiny_cov"][f"layer{n}.C"] for n in (1, 2)}
     ready(editor, model, tokenizer, meta["context_templates_rome"], covariances)
     expected = tensors["tiny_memit_memit"]

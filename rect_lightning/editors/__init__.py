@@ -1,7 +1,10 @@
 """Editing methods, one file each, as LightningModules."""
 
+from rect_lightning.editors.alphaedit import AlphaEdit
 from rect_lightning.editors.base import Editor
+from rect_lightning.editors.emmet import EMMET
 from rect_lightning.editors.memit import MEMIT
 from rect_lightning.editors.rome import ROME
+from rect_lightning.editors.ultraedit import UltraEdit
 
-__all__ = ["MEMIT", "ROME", "Editor"]
+__all__ = ["EMMET", "MEMIT", "ROME", "AlphaEdit", "Editor", "UltraEdit"]

@@ -84,6 +84,9 @@ class Editor(LightningModule, ABC):
         self.clean: dict[int, Tensor] = {}
         self.operations = 0
         self.done: list[str] = []
+        # What a method remembers of the operations so far. It is kept in checkpoints, forgotten in single mode, and put back
+        # when an operation fails; so its tensors are replaced and never written into.
+        self.memory: dict[str, Tensor] = {}
         self.unfinished: Beginning | None = None  # while an operation is under way, what it began with
         self.swapped_out: dict[int, Tensor] = {}  # while the clean weights are in place, the edited ones
         self.prose = prose
@@ -140,7 +143,7 @@ class Editor(LightningModule, ABC):
             raise TypeError(f"The model has weights in {', '.join(map(str, mixed))} besides fp32: load all in float32.")
         self.adapter = adapter
         self.network = network
-        self.operations, self.done, self.unfinished = 0, [], None
+        self.operations, self.done, self.memory, self.unfinished = 0, [], {}, None
         self.fingerprint = weights_fingerprint(network)
         self.clean = {layer: adapter.weight(layer).detach().clone() for layer in self.layers}
 
@@ -172,9 +175,10 @@ class Editor(LightningModule, ABC):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the clean weights back, bit for bit."""
+        """Put the clean weights back, bit for bit, and forget what is remembered of the edits."""
         for layer in self.layers:
             self.model.weight(layer).copy_(self.clean[layer])
+        self.memory = {}
 
     def is_clean(self) -> bool:
         """Whether no weight differs from the base model."""

@@ -1,4 +1,4 @@
-"""What a checkpoint of an editor holds: the edited weights alone, and what they are the edit of."""
+"""What a checkpoint of an editor holds: the edited weights, what they are the edit of, and what the method remembers."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ class NoCheckpoints(Callback):
 
 
 def save(editor: Editor, checkpoint: dict[str, Any]) -> None:
-    """Reduce a Lightning checkpoint to the edited weights, and add their provenance."""
+    """Reduce a Lightning checkpoint to the edited weights, and add their provenance and the editor's memory."""
     weights = editor.swapped_out
+    checkpoint["memory"] = editor.memory
     if editor.unfinished is not None:
         # in the middle of an operation, as where a scheduler's signal asks for a checkpoint: none of it has happened
         editor.unfinished.put_into(checkpoint)
@@ -76,6 +77,7 @@ def load(editor: Editor, checkpoint: dict[str, Any]) -> None:
     if editor._trainer is not None and editor.trainer.state.fn == "fit":
         _check_continuation(editor, checkpoint)
     editor.operations, editor.done = told["operations"], list(told["requests"])
+    editor.memory = dict(checkpoint.get("memory", {}))
 
 
 def weight_name(editor: Editor, layer: int) -> str:

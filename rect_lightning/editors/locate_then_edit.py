@@ -68,12 +68,12 @@ class LocateThenEdit(Editor):
         self.tail = Tail(self.model, self.layers[-1], torch.bfloat16 if bf16 else torch.float32)
 
     def prepare_moments(self) -> None:
-        """Load the moments or estimate them, and factor them; they are cached, so this is slow once.
+        """Load the moments or estimate them, and make them ready; they are cached, so this is slow once.
 
         Raises:
             ValueError: A resumed run had others.
         """
-        if self.moments is not None and not self.factors:
+        if self.moments is not None and self.moments_digest is None:
             found = second_moments(
                 self.model,
                 self.layers,
@@ -83,15 +83,19 @@ class LocateThenEdit(Editor):
                 show_progress=self.show_progress,
                 processes=self.processes,
             )
+            self.take_moments(found)
             digests = [tensor_digest(str(layer), c) for layer, c in sorted(found.items())]
             self.moments_digest = hashlib.sha256(b"".join(digests)).hexdigest()
-            self.factors = {layer: Factored(c, f"The second moment of layer {layer}") for layer, c in found.items()}
         if self._moments_before is not None and self._moments_before != self.moments_digest:
             raise ValueError(
                 "The second moments are not those of the run that the checkpoint is of, so going on would not give what "
                 f"an uninterrupted run gives. Configure the same `moments`, and bring {cache_dir() / 'moments'} along from "
                 "the machine that computed them. To go on with others, export the checkpoint and edit that folder."
             )
+
+    def take_moments(self, moments: dict[int, Tensor]) -> None:
+        """Make of C, ``[in, in]`` by layer, what the method solves with."""
+        self.factors = {layer: Factored(c, f"The second moment of layer {layer}") for layer, c in moments.items()}
 
     def on_fit_end(self) -> None:
         """Let go of the search's copy of the model."""

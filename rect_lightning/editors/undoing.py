@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
 
 class Beginning:
-    """The edited weights, Lightning's count of optimizer steps, and the state of the regularisers, as they are now."""
+    """The edited weights, the editor's memory, Lightning's count of steps, and the regularisers' state, as they are now."""
 
     def __init__(self, editor: Editor) -> None:
         self.weights = {layer: editor.model.weight(layer).detach().clone() for layer in editor.layers}
+        self.memory = dict(editor.memory)
         self.steps = _steps(editor.trainer).state_dict()
         self.callbacks = [(callback, callback.state_dict()) for callback in regularisers(editor.trainer)]
 
@@ -22,12 +23,14 @@ class Beginning:
         """Let all be as it was."""
         for layer, weight in self.weights.items():
             editor.model.weight(layer).data.copy_(weight)
+        editor.memory = self.memory
         _steps(editor.trainer).load_state_dict(self.steps)
         for callback, state in self.callbacks:
             callback.load_state_dict(state)
 
     def put_into(self, checkpoint: dict[str, Any]) -> None:
         """Let a checkpoint's counts and regularisers be as they were; the weights are for the editor to name."""
+        checkpoint["memory"] = self.memory
         checkpoint["global_step"] = self.steps["total"]["completed"]
         checkpoint["loops"]["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"] = self.steps
         for callback, state in self.callbacks:

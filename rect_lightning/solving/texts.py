@@ -30,6 +30,14 @@ def search_rows(adapter: Adapter, requests: Sequence[EditRequest], templates: Se
     ]
 
 
+def answer_rows(adapter: Adapter, requests: Sequence[EditRequest]) -> list[Row]:
+    """Each request's prompt with its new target, target marked."""
+    rows = encode(adapter.tokenizer, [r.text for r in requests], [r.target_new for r in requests])
+    for request, row in zip(requests, rows, strict=True):
+        _check_length(adapter, request, row)
+    return rows
+
+
 def _rows(adapter: Adapter, requests: Sequence[EditRequest], templates: Sequence[str], *, targets: bool) -> list[Row]:
     prompts, ends = [], []
     for request in requests:
@@ -45,9 +53,13 @@ def _rows(adapter: Adapter, requests: Sequence[EditRequest], templates: Sequence
             raise ValueError(
                 f"Request {name}: one token spans the end of its subject and its target; reword the prompt."
             )
-        if len(row.ids) > adapter.context_length:
-            raise ValueError(
-                f"Request {name} has {len(row.ids)} tokens with its prefix, more than the "
-                f"model's {adapter.context_length} positions: shorten its prompt or the prefixes."
-            )
+        _check_length(adapter, requests[i // len(templates)], row)
     return rows
+
+
+def _check_length(adapter: Adapter, request: EditRequest, row: Row) -> None:
+    if len(row.ids) > adapter.context_length:
+        raise ValueError(
+            f"Request {request.id} has {len(row.ids)} tokens with its prefix, more than the "
+            f"model's {adapter.context_length} positions: shorten its prompt or the prefixes."
+        )

@@ -59,26 +59,25 @@ def moments(folder, **options):
     return Moments(source=str(path), **({"tokens": 1000, "context": 32} | options))
 
 
-def memit(folder, family="llama", *, model=None, **options):
+def locate_then_edit(method, folder, family="llama", *, model=None, **options):
+    """An editor of a tiny model of 4 layers."""
+    options = {
+        "search": SEARCH, "moments": moments(folder), "prose": None,
+        "prefixes": Prefixes(templates=["{}", "I think so. {}", "You know it. {}"]),
+    } | options  # fmt: skip
+    editor = method(base=Source(name="tiny"), **options)
+    editor.attach(opinionated(family) if model is None else model, tiny.tokenizer())
+    return editor
+
+
+def memit(folder, family="llama", **options):
     """A MEMIT editor of a tiny model, layers 1 and 2 of 4."""
-    options = {
-        "layers": [1, 2], "moments_weight": 0.1, "search": SEARCH, "moments": moments(folder), "prose": None,
-        "prefixes": Prefixes(templates=["{}", "I think so. {}", "You know it. {}"]),
-    } | options  # fmt: skip
-    editor = MEMIT(base=Source(name="tiny"), **options)
-    editor.attach(opinionated(family) if model is None else model, tiny.tokenizer())
-    return editor
+    return locate_then_edit(MEMIT, folder, family, **({"layers": [1, 2], "moments_weight": 0.1} | options))
 
 
-def rome(folder, family="llama", *, model=None, **options):
+def rome(folder, family="llama", **options):
     """A ROME editor of a tiny model, layer 1 of 4."""
-    options = {
-        "layers": [1], "search": SEARCH, "moments": moments(folder), "prose": None,
-        "prefixes": Prefixes(templates=["{}", "I think so. {}", "You know it. {}"]),
-    } | options  # fmt: skip
-    editor = ROME(base=Source(name="tiny"), **options)
-    editor.attach(opinionated(family) if model is None else model, tiny.tokenizer())
-    return editor
+    return locate_then_edit(ROME, folder, family, **({"layers": [1]} | options))
 
 
 def facts(folder, **options):

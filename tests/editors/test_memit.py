@@ -36,17 +36,21 @@ def subject_states(adapter, request, template, layer):
     return {name: tensor[0, last] for name, tensor in seen.items()}
 
 
-def naive_update(editor, layer, batch, targets, c, weight):
-    """``(Z - H) / layers left · Kᵀ (λC + K Kᵀ)⁻¹`` with the d x d matrix; columns are requests (MEMIT, eq. 14 and 20)."""
+def keys_and_residuals(editor, layer, batch, targets):
+    """``K`` and ``(Z - H) / layers left``, columns are requests (MEMIT, eq. 20)."""
     adapter, templates = editor.model, editor.templates
     keys = []
     for request in batch:
         bare, *others = [subject_states(adapter, request, t, layer)["key"] for t in templates]
         keys.append((bare + sum(others) / len(others)) / 2 if others else bare)
-    k = torch.stack(keys, dim=1)
     now = [subject_states(adapter, request, "{}", editor.layers[-1])["stream"] for request in batch]
     left = len(editor.layers) - editor.layers.index(layer)
-    r = (targets.T.double() - torch.stack(now, dim=1)) / left
+    return torch.stack(keys, dim=1), (targets.T.double() - torch.stack(now, dim=1)) / left
+
+
+def naive_update(editor, layer, batch, targets, c, weight):
+    """``R Kᵀ (λC + K Kᵀ)⁻¹`` with the d x d matrix (MEMIT, eq. 14)."""
+    k, r = keys_and_residuals(editor, layer, batch, targets)
     return r @ k.T @ torch.linalg.inv(weight * c.double() + k @ k.T)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rect_lightning.solving.solvers import Factored, least_squares, rank_one
+from rect_lightning.solving.solvers import Factored, equality_constrained, least_squares, rank_one
 
 
 def moment_of(width, low, high):
@@ -38,6 +38,13 @@ def test_least_squares(requests, weight):
     assert relative(found, memit(residuals, keys, moment, weight)) < 1e-10
 
 
+@pytest.mark.parametrize("requests", [1, 24, 60])
+def test_without_a_moment_it_is_the_identity(requests):
+    keys, residuals = torch.randn(requests, 24), torch.randn(requests, 16)
+    found = least_squares(residuals, keys, None, 3.0)
+    assert relative(found, memit(residuals, keys, torch.eye(24).double(), 3.0)) < 1e-10
+
+
 def test_least_squares_with_a_moment_as_ill_conditioned_as_real_ones():
     """Eigenvalues from 4e-3 to 4e4, where the same in fp32 is wrong."""
     moment = moment_of(96, 4e-3, 4e4)
@@ -62,6 +69,50 @@ def test_least_squares_is_the_minimum():
         step = torch.randn(8, 12).double()
         assert loss(found + 1e-3 * step) > loss(found)
         assert loss(found - 1e-3 * step) > loss(found)
+
+
+def emmet(residuals, keys, moment, ridge):
+    """``R (Kᵀ C⁻¹ K + ridge · I)⁻¹ Kᵀ C⁻¹`` as the paper writes it."""
+    keys, residuals = keys.T.to(moment.dtype), residuals.T.to(moment.dtype)
+    inverse = torch.linalg.inv(moment)
+    ridge = ridge * torch.eye(keys.shape[1], dtype=moment.dtype)
+    return residuals @ torch.linalg.inv(keys.T @ inverse @ keys + ridge) @ keys.T @ inverse
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1, 10.0])
+@pytest.mark.parametrize("requests", [1, 7, 23])
+def test_equality_constrained(requests, ridge):
+    moment = moment_of(24, 0.1, 10.0)
+    keys, residuals = torch.randn(requests, 24), torch.randn(requests, 16)
+    found = equality_constrained(residuals, keys, Factored(moment, "C"), ridge)
+    assert found.shape == (16, 24)
+    assert found.dtype == torch.float64
+    assert relative(found, emmet(residuals, keys, moment, ridge)) < 1e-9
+    lack = relative(found @ keys.double().T, residuals.double().T)
+    assert lack < 1e-9 if ridge == 0 else lack > 1e-4
+
+
+def test_without_a_ridge_the_change_is_the_smallest_that_meets_the_constraint():
+    moment = moment_of(12, 0.1, 10.0)
+    keys, residuals = torch.randn(5, 12).double(), torch.randn(5, 8).double()
+    found = equality_constrained(residuals, keys, Factored(moment, "C"), 0.0)
+    free = torch.eye(12).double() - keys.T @ torch.linalg.inv(keys @ keys.T) @ keys
+    for _ in range(10):
+        other = found + 1e-3 * torch.randn(8, 12).double() @ free
+        assert relative(other @ keys.T, residuals.T) < 1e-9
+        assert (other @ moment * other).sum() > (found @ moment * found).sum()
+
+
+@pytest.mark.parametrize("kind", ["twice the same", "a sum", "more than the width"])
+def test_without_a_ridge_refuses_keys_that_depend_on_each_other(kind):
+    keys = torch.randn(4 if kind != "more than the width" else 13, 12)
+    if kind != "more than the width":
+        keys[2] = keys[0] if kind == "twice the same" else keys[0] + 3 * keys[1]
+    residuals, moment = torch.randn(len(keys), 8), Factored(moment_of(12, 0.1, 10.0), "C")
+    number = 2 if kind != "more than the width" else 12
+    with pytest.raises(ValueError, match=f"key of request {number} of this batch.*Set ridge above 0"):
+        equality_constrained(residuals, keys, moment, 0.0)
+    assert equality_constrained(residuals, keys, moment, 0.1).isfinite().all()
 
 
 def test_inputs_are_left_alone():
