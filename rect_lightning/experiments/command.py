@@ -21,7 +21,7 @@ def experiment(args: Sequence[str]) -> None:
     """Run the command line of ``experiment``.
 
     Raises:
-        SystemExit: A cell failed.
+        SystemExit: A cell failed, or Ctrl-C was pressed.
     """
     parser = ArgumentParser(
         "rect_lightning experiment", description=_DESCRIPTION, formatter_class=RawDescriptionHelpFormatter
@@ -46,7 +46,10 @@ def experiment(args: Sequence[str]) -> None:
         return
     from rect_lightning.experiments import collect, run_grid
 
-    failed = [] if options.collect else run_grid(grid, jobs=options.jobs, only=only, rerun=options.rerun)
+    try:
+        failed = [] if options.collect else run_grid(grid, jobs=options.jobs, only=only, rerun=options.rerun)
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command goes on.")
     _log.info("The table: %s", collect(grid))
     if failed:
         tails = [f"{cell.name}, from {cell.log}:\n{_tail(cell)}" for cell in failed]

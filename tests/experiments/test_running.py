@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -332,3 +333,16 @@ def test_two_commands_share_the_cells(grid, monkeypatch):
         thread.join()
     assert states == [([], ["done"] * 4)] * 2
     assert sorted(Path("ran").read_text().split()) == [str(cell.folder / "cell.yaml") for cell in grid.cells()]
+
+
+def test_a_cell_is_made_by_one_process_at_a_time(grid):
+    cell = grid.cells()[0]
+    cell.prepare()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with cell.lock():
+        process = subprocess.Popen([sys.executable, "-c", WORKER, str(cell.folder)], env=environment)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(4)
+        assert not Path("ran").exists()
+    assert process.wait(60) == 0
+    assert Path("ran").exists()
