@@ -1,4 +1,4 @@
-"""What regularisers cost: seconds and memory for one update of one weight.
+"""What regularisers cost: seconds (on a CPU, of all its threads together) and memory for one update of one weight.
 
     python -m benchmarks.regularisers                                       # 576 x 1536, SmolLM2
     python -m benchmarks.regularisers --shape 4096 11008 --device cuda      # LLaMA 7B
@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 
@@ -68,9 +68,9 @@ def cost(function: Callable[[], object], device: str) -> tuple[float, float]:
         seconds = [0.0]
 
         def timing() -> None:
-            start = perf_counter()
+            start = process_time()
             function()
-            seconds[0] = perf_counter() - start
+            seconds[0] = process_time() - start
 
         memory = peak_memory(timing)
         return seconds[0], memory
@@ -87,6 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs=2, type=int, default=[576, 1536], metavar=("OUT", "IN"))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", nargs="+", choices=MAKERS, default=[*MAKERS])
     parser.add_argument("--quick", action="store_true", help="without the preparation of NullSpace")
     options = parser.parse_args(arguments)
     shape = tuple(options.shape)
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
 
     with torch.no_grad():
-        for name in MAKERS:
+        for name in options.only:
             # the first call, of a small one, loads libraries
             made(name, torch.eye(8).double()).regularise([change((8, 8), options.device)])
             projector = torch.eye(shape[1], dtype=torch.float64) if name == "NullSpace" else None

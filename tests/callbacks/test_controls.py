@@ -49,10 +49,15 @@ def test_random_follows_from_seed_step_and_parameter():
 
 
 def test_random_over_a_run_is_one_choice():
-    module = Model(adamw)
+    class Chosen(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            seen.append(weights(module)["layers.0.weight"] != before["layers.0.weight"])
+
+    module, seen = Model(adamw), []
     before = weights(module)
-    fit(module, Random(0.3, scope="run", start_step=0), steps=7)
+    fit(module, Random(0.3, scope="run", start_step=0), Chosen(), steps=4)
     assert changed(before, weights(module)) == {n: round(0.3 * w.numel()) for n, w in before.items()}
+    assert all(torch.equal(mask, seen[0]) for mask in seen)
 
 
 @pytest.mark.parametrize("optimizer", KINDS)
