@@ -41,7 +41,7 @@ def lm_eval(
     Args:
         model: A run folder or its checkpoint, a patch, or a Hugging Face folder. A folder that no patch was applied to has no
             clean model to compare with.
-        tasks: Names of the harness's tasks, groups or tags, patterns such as arc_*, or YAML files of tasks, comma-separated.
+        tasks: Names of the harness's tasks, groups or tags, patterns such as arc_*, or YAML files; comma-separated.
         include_path: A folder of task files, whose names `tasks` may use too.
         limit: Ask the first so many records of each task; all if not given.
         num_fewshot: Solved records before each question; each task's own number if not given.
