@@ -4,6 +4,7 @@
 
 import difflib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from rect_lightning.reuse import load_pair
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 
 def lm_eval(
@@ -71,7 +74,9 @@ def lm_eval(
     torch.nn.Module.to(pair.network, device or "cpu")
     run = partial(evaluate, manager=manager, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
     results = {}
-    if clean and pair.clean:
+    if clean and not pair.clean:
+        _log.info("%s has no patch, so there is no clean model to compare it with.", model)
+    elif clean:
         with pair.clean_weights():
             results["before"] = run(pair.network, pair.tokenizer, names)
     results["after"] = run(pair.network, pair.tokenizer, names)

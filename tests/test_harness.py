@@ -92,13 +92,15 @@ def test_before_is_the_clean_model_and_after_the_edited_one(lm_eval, made, here,
     assert all(word in shown for word in ("before", "after", "boolq_local", f"{values['before']:.3f}", "±"))
 
 
-def test_one_model_where_no_other_is_asked_for_or_known(lm_eval, made, here, capsys):  # noqa: F811
+def test_one_model_where_no_other_is_asked_for_or_known(lm_eval, made, here, capsys, caplog):  # noqa: F811
     folder, _ = made
     for path, more in ((folder / "one.ckpt", ["--clean", "false"]), (folder / "base", [])):
-        main(["lm-eval", str(path), "--tasks", "prose.yaml", *more])
+        with caplog.at_level("INFO", "rect_lightning"):
+            main(["lm-eval", str(path), "--tasks", "prose.yaml", *more])
         shown = capsys.readouterr().out
         assert "after" in shown
         assert "before" not in shown
+        assert ("base has no patch" in caplog.text) == (not more)
 
 
 @pytest.fixture
