@@ -67,7 +67,8 @@ def test_rect_and_side_effects(base, tmp_path, monkeypatch):
 def test_first_edit_of_the_real_model(cached_model, tmp_path, monkeypatch):  # noqa: F811
     after = run("first_edit", tmp_path, monkeypatch)["editor"].results["after"]
     assert after["efficacy/exact"] >= 0.75
-    assert after["locality/probability"] >= 0.75
+    assert after["generalisation/probability"] >= 0.75
+    assert after["locality/probability"] >= 0.5
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
