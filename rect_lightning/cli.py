@@ -15,7 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed
 
-from rect_lightning import reuse
+from rect_lightning import harness, reuse
 from rect_lightning.cache import cache_dir
 from rect_lightning.callbacks.running import RunningCheckpoint
 from rect_lightning.callbacks.summary import Summary
@@ -29,7 +29,12 @@ from rect_lightning.shipped import find_config
 
 _log = logging.getLogger("rect_lightning")
 
-COMMANDS: dict[str, Callable[..., None]] = {"export": reuse.export, "apply": reuse.apply, "revert": reuse.revert}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "export": reuse.export,
+    "apply": reuse.apply,
+    "revert": reuse.revert,
+    "lm-eval": harness.lm_eval,
+}
 """Commands that need neither data nor a Trainer."""
 
 
@@ -129,7 +134,8 @@ def run() -> None:
     """The command: `main`, with what this package refuses told in a line and not as a traceback."""
     _log.addHandler(logging.StreamHandler())
     _log.setLevel(logging.INFO)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lm_eval.models.huggingface"):
+        logging.getLogger(name).addFilter(_is_news)
     try:
         main()
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
@@ -143,7 +149,14 @@ def run() -> None:
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a message of Lightning's is more than advice on other products, or a default that is not in force here."""
-    return not any(words in record.getMessage() for words in ("litlogger", "litmodels", "`weights_only` was not set"))
+    advice = (
+        "litlogger",
+        "litmodels",
+        "`weights_only` was not set",
+        "`pretrained` model kwarg",
+        "already-initialized model",
+    )
+    return not any(words in record.getMessage() for words in advice)
 
 
 def _is_refusal(error: BaseException) -> bool:
@@ -201,8 +214,8 @@ def main(args: ArgsType = None) -> None:
         parser_kwargs={
             "prog": "python -m rect_lightning",
             "description": "Edit language models, and measure what the edits did and what they harmed.",
-            "epilog": f"Besides: {', '.join(COMMANDS)}, for edited models as folders and patches; `export --help`. And "
-            "experiment, for grids of fits; `experiment --help`.",
+            "epilog": f"Besides, for edited models: {', '.join(COMMANDS)}; `export --help`. And experiment, for grids of fits; "
+            "`experiment --help`.",
         },
         args=args,
     )

@@ -4,8 +4,9 @@
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,21 +41,60 @@ def load_edited(path: str | Path, *, base: "str | Path | Source | PreTrainedMode
         ValueError: The file is damaged or foreign, or the base model is another one or given for a folder.
     """
     path = of_run(Path(path).expanduser())
+    return _folder(path, base)[0] if path.is_dir() else load_pair(path, base=base).network
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An edited model, with what it takes to have the clean one in its place."""
+
+    network: "PreTrainedModel"
+    """The edited model, as `load_edited` gives it."""
+    tokenizer: "PreTrainedTokenizerBase | None"
+    """Its tokenizer; None where the base model was given as a model."""
+    clean: dict[str, Tensor]
+    """The clean values of the weights that were edited, by name; empty for a folder that has no patches."""
+
+    @contextmanager
+    def clean_weights(self) -> Iterator[None]:
+        """Inside, the network is the clean model."""
+        weights = _weights(self.network)
+        edited = _copies(self.network, self.clean)
+        _put(weights, self.clean)
+        try:
+            yield
+        finally:
+            _put(weights, edited)
+
+
+def load_pair(path: str | Path, *, base: "str | Path | Source | PreTrainedModel | None" = None) -> Pair:
+    """The edited model as `load_edited`, from the same files, with the clean one beside it.
+
+    Args:
+        path: As there.
+        base: As there.
+
+    Raises:
+        FileNotFoundError, ValueError: As there, or a folder's weights are not those that its last patch left.
+    """
+    path = of_run(Path(path).expanduser())
     if path.is_dir():
-        if base is not None:
-            raise ValueError(f"{path} is a whole model already; leave base out.")
-        return Source(name=str(path)).pretrained()[0]
+        network, tokenizer = _folder(path, base)
+        return Pair(network, tokenizer, _unpatched(network))
     if path.suffix == ".safetensors":
         patch = Patch.load(path)
-        network = _base(patch.provenance, base)[0]
+        network, tokenizer = _base(patch.provenance, base)
         _check_base(network, patch.base, patch.provenance, what=path)
+        clean = _copies(network, patch.changes)
         patch.toggle(_weights(network))
-        return network
+        return Pair(network, tokenizer, clean)
     checkpoint = read_checkpoint(path)
-    network = _base(checkpoint[KEY], base)[0]
+    network, tokenizer = _base(checkpoint[KEY], base)
     _check_base(network, checkpoint[KEY]["fingerprint"], checkpoint[KEY], what=path)
-    _put(_weights(network), _edited_weights(checkpoint))
-    return network
+    edited = _edited_weights(checkpoint)
+    clean = _copies(network, edited)
+    _put(_weights(network), edited)
+    return Pair(network, tokenizer, clean)
 
 
 def export(
@@ -169,6 +209,13 @@ def revert(folder: Path, to: Path) -> None:
 # What they share -----------------------------------------------------------------------------------------------------
 
 
+def _folder(path: Path, base: object) -> tuple[Any, Any]:
+    """The model and tokenizer of a Hugging Face folder."""
+    if base is not None:
+        raise ValueError(f"{path} is a whole model already; leave base out.")
+    return Source(name=str(path)).pretrained()
+
+
 def _base(told: Mapping[str, Any], given: "str | Path | Source | PreTrainedModel | None") -> tuple[Any, Any]:
     """The base model and its tokenizer: the one that is given, or the one that provenance names."""
     if given is None:
@@ -226,6 +273,22 @@ def _edited_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 def _put(weights: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
     for name, weight in new.items():
         weights[name].copy_(weight)
+
+
+def _copies(network: "PreTrainedModel", names: Iterable[str]) -> dict[str, Tensor]:
+    weights = _weights(network)
+    return {name: weights[name].clone() for name in names}
+
+
+def _unpatched(network: "PreTrainedModel") -> dict[str, Tensor]:
+    """What the weights of a folder's model were before all its patches."""
+    stack = _stack(network)
+    if stack:
+        _check_top(network, stack, weights_fingerprint(network))
+    clean = _copies(network, {name for patch in stack for name in patch.changes})
+    for patch in reversed(stack):
+        patch.toggle(clean)
+    return clean
 
 
 def _edit(

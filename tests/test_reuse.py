@@ -15,7 +15,7 @@ from rect_lightning.cli import main
 from rect_lightning.models import Source
 from rect_lightning.models.fingerprint import weights_fingerprint
 from rect_lightning.patches import Patch
-from rect_lightning.reuse import apply, export, load_edited, revert
+from rect_lightning.reuse import apply, export, load_edited, load_pair, revert
 from tests import tiny
 from tests.editors.test_base import RECT, ModelCheckpoint, facts, fit, identical, memit, opinionated, state
 
@@ -93,6 +93,23 @@ def test_load_edited_takes_a_patch_and_a_folder_too(made, here):
     export(folder / "one.ckpt", here / "edited")
     for path in ("p.safetensors", "edited"):
         assert same(load_edited(path).state_dict(), states["one"])
+
+
+def test_the_clean_model_is_at_hand_beside_the_edited_one(made, here):
+    folder, states = made
+    for name in ("one", "two"):
+        export(folder / f"{name}.ckpt", here / f"{name}.safetensors")
+    apply(here / "one.safetensors", here / "1")
+    apply(here / "two.safetensors", here / "12", on=str(here / "1"))
+    for path in (folder / "one.ckpt", here / "one.safetensors", here / "12"):
+        pair = load_pair(path)
+        edited = state_of(path) if path.is_dir() else states["one"]
+        assert same(pair.network.state_dict(), edited)
+        with pair.clean_weights():
+            assert same(pair.network.state_dict(), states["base"])
+        assert same(pair.network.state_dict(), edited)
+        assert pair.tokenizer is not None
+    assert load_pair(folder / "base").clean == {}
 
 
 def test_load_edited_from_a_base_that_is_elsewhere(made, here):
@@ -302,6 +319,9 @@ def test_a_folder_that_was_changed_since_is_refused(made, here):
         revert(here / "1", here / "back")
     with pytest.raises(ValueError, match="changed since"):
         apply(here / "two.safetensors", here / "12", on=str(here / "1"))
+    with pytest.raises(ValueError, match="changed since"):
+        load_pair(here / "1")
+    assert load_edited(here / "1").model.norm.weight[0] == model.model.norm.weight[0]
 
 
 def test_a_revert_that_would_not_give_the_base_back_is_refused(made, here):
