@@ -20,7 +20,7 @@ from rect_lightning.data.request import EditRequest
 from rect_lightning.editors import checkpoints
 from rect_lightning.editors.measure import Measurement, with_perplexity
 from rect_lightning.editors.undoing import Beginning
-from rect_lightning.metrics import check_requests
+from rect_lightning.metrics import Wild, check_requests
 from rect_lightning.models import Adapter, Source, adapter_for
 from rect_lightning.models.fingerprint import weights_fingerprint
 from rect_lightning.processes import Processes
@@ -52,6 +52,8 @@ class Editor(LightningModule, ABC):
             weight since the clean model.
         prose: A text file whose perplexity is measured before and after the edits, "prose" for the one that comes with this
             package, null for none. Single mode has no edited model to measure in the end and leaves it out.
+        wild: Whether to measure free answers too, beside what teacher forcing says of the edits: true asks as `Wild` does by
+            default. Costs up to 40 tokens of writing for each prompt and paraphrase, before and after.
 
     Raises:
         ValueError: The strength is not positive.
@@ -70,6 +72,7 @@ class Editor(LightningModule, ABC):
         strength: float = 1.0,
         statistics: tuple[float, ...] = (0.077, 0.171),
         prose: str | None = "prose",
+        wild: Wild | bool = False,
     ) -> None:
         super().__init__()
         if strength <= 0:
@@ -90,6 +93,7 @@ class Editor(LightningModule, ABC):
         self.unfinished: Beginning | None = None  # while an operation is under way, what it began with
         self.swapped_out: dict[int, Tensor] = {}  # while the clean weights are in place, the edited ones
         self.prose = prose
+        self.wild = (Wild() if wild else None) if isinstance(wild, bool) else wild
         self.measurement = Measurement()
         self.results: dict[str, dict[str, float]] = {"before": {}, "after": {}}
 
@@ -225,7 +229,7 @@ class Editor(LightningModule, ABC):
                 f"trainer.max_steps={trainer.max_steps} counts optimizer steps, of which an edit operation makes {each}: "
                 f"the fit ends with operation {-(-trainer.max_steps // each)} at the latest, which is made whole."
             )
-        check_requests(self.model, getattr(getattr(trainer, "datamodule", None), "requests", []))
+        check_requests(self.model, getattr(getattr(trainer, "datamodule", None), "requests", []), wild=self.wild)
         with self.clean_weights(), self._full_precision():
             self.prepare()
 

@@ -144,7 +144,7 @@ def _check_continuation(editor: Editor, checkpoint: dict[str, Any]) -> None:
             )
     was, now = told["config"], _config(editor)
     differ = [key for key in ("precision", "regularisers") if was[key] != now[key]]
-    names = (was["editor"].keys() | now["editor"].keys()) - {"prose", "statistics"}
+    names = (was["editor"].keys() | now["editor"].keys()) - {"prose", "statistics", "wild"}
     differ += [key for key in names if was["editor"].get(key) != now["editor"].get(key)]
     if differ:
         rank_zero_warn(

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from rect_lightning.cache import cache_dir
+from rect_lightning.checkpoint_io import KEY
 from rect_lightning.data.request import EditRequest
-from rect_lightning.editors.base import Editor
+from rect_lightning.editors.prefixed import Prefixed
 from rect_lightning.models.fingerprint import tensor_digest
 from rect_lightning.solving.blocks import Tail
 from rect_lightning.solving.keys import SubjectStates, subject_states
 from rect_lightning.solving.moments import Moments, second_moments
-from rect_lightning.solving.prefixes import Prefixes
 from rect_lightning.solving.solvers import Factored
 from rect_lightning.solving.texts import key_rows, search_rows
 from rect_lightning.solving.values import TargetValues, ValueSearch, search_values
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class LocateThenEdit(Editor):
+class LocateThenEdit(Prefixed):
     """Editors that search for a target value at the last edited layer and solve for the weights in closed form.
 
     Args:
         search: Hyper-parameters of the target value search.
-        prefixes: Texts before the prompt over which keys and the search are averaged.
         moments: Where the second moments C of the keys come from; null to leave C out.
-        **kwargs: What every editor takes, see `Editor`.
+        **kwargs: The prefixes, over which keys and the search are averaged, and what every editor takes; see `Prefixed` and
+            `Editor`.
     """
 
     relative_to: str = "stream"
@@ -40,13 +40,11 @@ class LocateThenEdit(Editor):
         self,
         *,
         search: ValueSearch = ValueSearch(),  # noqa: B008 - frozen
-        prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
         moments: Moments | None = Moments(),  # noqa: B008 - frozen
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.search, self.prefixes, self.moments = search, prefixes, moments
-        self.templates: tuple[str, ...] = ()
+        self.search, self.moments = search, moments
         self.factors: dict[int, Factored] = {}
         self.moments_digest: str | None = None
         self._moments_before: str | None = None  # those of the run that is resumed
@@ -56,12 +54,12 @@ class LocateThenEdit(Editor):
     def attach(self, network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         """Edit this model; what was computed for another one is forgotten."""
         super().attach(network, tokenizer)
-        self.templates, self.factors, self.tail, self._ahead = (), {}, None, {}
+        self.factors, self.tail, self._ahead = {}, None, {}
         self.moments_digest = self._moments_before = None
 
     def prepare(self) -> None:
         """Prefixes, the factored moments of each layer, and the part of the model that the search runs."""
-        self.templates = self.processes.agree(self.templates or self.prefixes.resolve(self.model))
+        super().prepare()
         self.prepare_moments()
         self._ahead = {}
         bf16 = "bf16" in str(self.trainer.precision)
@@ -156,12 +154,11 @@ class LocateThenEdit(Editor):
         return torch.einsum("rtk,t->rk", keys, weights.to(keys)), states
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the prefixes too, so that a resumed run uses the same ones, and which moments were used."""
+        """Keep which moments were used."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["rect_lightning"] |= {"templates": list(self.templates), "moments_digest": self.moments_digest}
+        checkpoint[KEY]["moments_digest"] = self.moments_digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the prefixes up again."""
+        """Note which moments the run had."""
         super().on_load_checkpoint(checkpoint)
-        self.templates = tuple(checkpoint["rect_lightning"]["templates"])
-        self._moments_before = checkpoint["rect_lightning"]["moments_digest"]
+        self._moments_before = checkpoint[KEY]["moments_digest"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rect_lightning.data.prose import prose_path
 from rect_lightning.data.request import EditRequest
-from rect_lightning.metrics import EditMetrics, evaluate, perplexity, request_metrics
+from rect_lightning.metrics import EditMetrics, RequestScores, evaluate, perplexity, request_metrics
 
 if TYPE_CHECKING:
     from rect_lightning.editors.base import Editor
@@ -35,14 +35,17 @@ class Measurement:
         shown = requests[: self._wanted - len(self.samples)] if editor.processes.is_first else []
         with editor.processes.together():
             with editor.clean_weights():
-                clean = evaluate(editor.model, mine, show_progress=editor.show_progress)
-            after = evaluate(editor.model, mine, show_progress=editor.show_progress)
+                clean = evaluate(editor.model, mine, wild=editor.wild, show_progress=editor.show_progress)
+            after = evaluate(editor.model, mine, wild=editor.wild, show_progress=editor.show_progress)
             self.before.to(editor.device).update(clean, clean)
             self.after.to(editor.device).update(after, clean)
             continuations = editor.continuations([r.text for r in shown]) if shown else []
-        each = zip(mine, request_metrics(clean, clean), request_metrics(after, clean), strict=True)
+        each = zip(mine, request_metrics(clean, clean), request_metrics(after, clean), clean, after, strict=True)
         self.requests += editor.processes.gather(
-            [{"id": r.id, "text": r.text, "target_new": r.target_new, "before": b, "after": a} for r, b, a in each]
+            [
+                {"id": r.id, "text": r.text, "target_new": r.target_new, **_answers(*scores), "before": b, "after": a}
+                for r, b, a, *scores in each
+            ]
         )
         self.samples += [
             {"request": f"{request.text} → {request.target_new}", **sample}
@@ -55,6 +58,12 @@ class Measurement:
             when: {name: float(value) for name, value in metrics.compute().items()}
             for when, metrics in (("before", self.before), ("after", self.after))
         }
+
+
+def _answers(clean: RequestScores, after: RequestScores) -> dict[str, dict[str, str]]:
+    """The free answers to a request's own prompt, where the models were asked."""
+    before, now = clean.rewrite.free, after.rewrite.free
+    return {} if before is None or now is None else {"answers": {"before": before.text, "after": now.text}}
 
 
 def with_perplexity(editor: Editor, results: dict[str, dict[str, float]], prose: str) -> dict[str, dict[str, float]]:

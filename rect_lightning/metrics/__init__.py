@@ -11,22 +11,28 @@ from rect_lightning.metrics.generation import (
     generated_exact,
     generation_entropy,
     normalised_words,
+    stopping,
+    up_to_stop,
 )
 from rect_lightning.metrics.perplexity import perplexity
 from rect_lightning.metrics.scoring import TargetScore, score_targets
+from rect_lightning.metrics.wild import FreeAnswer, Wild, free_answers
 
 __all__ = [
     "DEFINITIONS",
     "Continuation",
     "EditMetrics",
+    "FreeAnswer",
     "Pair",
     "RequestScores",
     "TargetScore",
+    "Wild",
     "begins_with",
     "check_requests",
     "continuations",
     "continued_text",
     "evaluate",
+    "free_answers",
     "generate",
     "generated_exact",
     "generation_entropy",
@@ -34,4 +40,6 @@ __all__ = [
     "perplexity",
     "request_metrics",
     "score_targets",
+    "stopping",
+    "up_to_stop",
 ]

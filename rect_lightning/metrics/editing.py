@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import repeat
 from math import exp
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from torchmetrics import Metric
 
 from rect_lightning.metrics.forward import check_lengths
 from rect_lightning.metrics.scoring import TargetScore, score_targets
+from rect_lightning.metrics.wild import FreeAnswer, Wild, check_free, free_answers
 from rect_lightning.models.encoding import encode
 
 if TYPE_CHECKING:
@@ -28,10 +30,12 @@ class Pair:
     Attributes:
         new: The request's new target.
         true: What was true before; after a neighbour's prompt the neighbour's answer. None where it is not known.
+        free: What the model answers by itself, where it was asked.
     """
 
     new: TargetScore
     true: TargetScore | None
+    free: FreeAnswer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,40 +53,48 @@ class RequestScores:
     neighbours: tuple[Pair, ...] = ()
 
 
-def evaluate(adapter: Adapter, requests: Sequence[EditRequest], *, show_progress: bool = False) -> list[RequestScores]:
+def evaluate(
+    adapter: Adapter, requests: Sequence[EditRequest], *, wild: Wild | None = None, show_progress: bool = False
+) -> list[RequestScores]:
     """Score all prompts of all requests with the model as it stands now.
 
     Args:
         adapter: The model and its tokenizer.
         requests: The requests; nothing is edited.
+        wild: How to ask for free answers to rewrite prompts and paraphrases, None for none.
         show_progress: Whether to show a bar.
 
     Returns:
         One record a request, in the order given.
 
     Raises:
-        ValueError: As `score_targets`.
+        ValueError: As `score_targets` and `free_answers`.
     """
     questions = _questions(requests)
     prompts, targets = _asked(questions)
     scores = iter(score_targets(adapter, prompts, targets, show_progress=show_progress))
     pairs = (Pair(next(scores), None if true is None else next(scores)) for *_, true in questions)
+    free: Iterator[FreeAnswer | None] = repeat(None)
+    if wild is not None:
+        free = iter(free_answers(adapter, *_open_questions(requests), wild, show_progress=show_progress))
     return [
         RequestScores(
-            rewrite=next(pairs),
-            paraphrases=tuple(next(pairs) for _ in request.paraphrases),
+            rewrite=replace(next(pairs), free=next(free)),
+            paraphrases=tuple(replace(next(pairs), free=next(free)) for _ in request.paraphrases),
             neighbours=tuple(next(pairs) for _ in request.neighbours),
         )
         for request in requests
     ]
 
 
-def check_requests(adapter: Adapter, requests: Sequence[EditRequest]) -> None:
+def check_requests(adapter: Adapter, requests: Sequence[EditRequest], *, wild: Wild | None = None) -> None:
     """Refuse requests that `evaluate` could not measure, before anything is spent on them.
 
     Raises:
-        ValueError: A prompt with its answer does not fit the model's context.
+        ValueError: A prompt with its answer does not fit the model's context, or a target the length of a free answer.
     """
+    if wild is not None:
+        check_free(adapter, *_open_questions(requests), wild)
     prompts, targets = _asked(_questions(requests))
     check_lengths(adapter, [len(row.ids) for row in encode(adapter.tokenizer, prompts, targets)], prompts)
 
@@ -97,6 +109,12 @@ def _questions(requests: Sequence[EditRequest]) -> list[tuple[str, str, str | No
     return questions
 
 
+def _open_questions(requests: Sequence[EditRequest]) -> tuple[list[str], list[str]]:
+    """Each request's own prompt and paraphrases, and the new target as often."""
+    asked = [(prompt, request.target_new) for request in requests for prompt in (request.text, *request.paraphrases)]
+    return [prompt for prompt, _ in asked], [target for _, target in asked]
+
+
 def _asked(questions: Sequence[tuple[str, str, str | None]]) -> tuple[list[str], list[str]]:
     """The prompts and the answers to score, pairs in order."""
     asked = [(prompt, target) for prompt, *targets in questions for target in targets if target is not None]
@@ -104,9 +122,11 @@ def _asked(questions: Sequence[tuple[str, str, str | None]]) -> tuple[list[str],
 
 
 _TAKEN = ("probability", "magnitude", "exact", "token")
+_FREE = ("wild", "wild_begins")
 _NAMES = (
     *(f"{group}/{name}" for group in ("efficacy", "generalisation", "locality") for name in _TAKEN),
     "locality/unchanged",
+    *(f"{group}/{name}" for group in ("efficacy", "generalisation") for name in _FREE),
 )
 
 
@@ -171,19 +191,27 @@ def _edit_metrics_update(
         raise ValueError(f"clean has {len(clean)} requests, after {len(after)}: both must score the same requests.")
     for i, scores in enumerate(after):
         groups = {
-            "efficacy": [_taken(pair.new, pair.true) for pair in (scores.rewrite,)],
-            "generalisation": [_taken(pair.new, pair.true) for pair in scores.paraphrases],
+            "efficacy": [_edited(scores.rewrite)],
+            "generalisation": [_edited(pair) for pair in scores.paraphrases],
             "locality": [_taken(pair.true, pair.new) for pair in scores.neighbours if pair.true is not None],
         }
         if clean is not None:
             groups["locality"] += [{"unchanged": share} for share in _unchanged(scores, clean[i], i)]
         for group, prompts in groups.items():
-            for name in (*_TAKEN, "unchanged"):
+            for name in (*_TAKEN, *_FREE, "unchanged"):
                 if values := [prompt[name] for prompt in prompts if name in prompt]:
                     total[f"{group}/{name}"] += fmean(values)
                     count[f"{group}/{name}"] += 1
     sums, counts = (torch.tensor([*values.values()], dtype=torch.float64) for values in (total, count))
     return sums, counts
+
+
+def _edited(pair: Pair) -> dict[str, float]:
+    """Whether a prompt gets the new target, teacher-forced and, where the model was asked, freely."""
+    values = _taken(pair.new, pair.true)
+    if pair.free is not None:
+        values |= {"wild": float(pair.free.exact), "wild_begins": float(pair.free.begins)}
+    return values
 
 
 def _taken(wanted: TargetScore, other: TargetScore | None) -> dict[str, float]:

@@ -161,6 +161,25 @@ def _decode(
         position = position[:, -1:] + 1
 
 
+def up_to_stop(text: str, stops: Sequence[str]) -> str:
+    """The text without white space around it, up to the first stop string."""
+    text = text.lstrip()
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places, default=None)].rstrip()
+
+
+def stopping(adapter: Adapter, stops: Sequence[str], *, least: int = 0) -> Callable[[Sequence[int]], bool]:
+    """Whether new tokens, at least so many, hold a stop string after which `up_to_stop` reads nothing."""
+
+    def finished(new: Sequence[int]) -> bool:
+        if len(new) < least:
+            return False
+        text = str(adapter.tokenizer.decode([*new])).lstrip()
+        return any(stop in text for stop in stops)
+
+    return finished
+
+
 def _ends(adapter: Adapter) -> set[int]:
     """The model's end-of-text tokens; where it names none, the tokenizer's."""
     own: Any = adapter.model.generation_config

@@ -157,13 +157,15 @@ class Tail:
     Args:
         adapter: The model.
         layer: The tail starts after this layer's block.
-        dtype: Precision of weights and activations.
+        dtype: Precision of weights and activations; None for the model's own modules, which follow its edits.
     """
 
-    def __init__(self, adapter: Adapter, layer: int, dtype: torch.dtype) -> None:
+    def __init__(self, adapter: Adapter, layer: int, dtype: torch.dtype | None) -> None:
         parts = [*list(adapter.blocks)[layer + 1 :], adapter.norm, adapter.head]
-        packed = can_pack(parts, dtype)
-        if packed or dtype != next(adapter.norm.parameters()).dtype:
+        packed = dtype is not None and can_pack(parts, dtype)
+        own = next(adapter.norm.parameters()).dtype
+        dtype = own if dtype is None else dtype
+        if packed or dtype != own:
             with plain_attention(adapter):  # a copy's configuration is a copy as well and stays like this
                 # one by one: two copies of the whole tail in full precision would be more than the search saves
                 parts = [_frozen(part, dtype, packed=packed) for part in parts]

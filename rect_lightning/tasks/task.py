@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: the command line reads the types of the constructors.
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,7 +13,7 @@ import torch
 
 from rect_lightning.data.readers import read_records
 from rect_lightning.data.request import RequestError
-from rect_lightning.metrics import Continuation, continuations, continued_text, score_targets
+from rect_lightning.metrics import Continuation, continuations, continued_text, score_targets, stopping, up_to_stop
 from rect_lightning.models import Adapter
 from rect_lightning.models.encoding import encode
 from rect_lightning.processes import Processes
@@ -333,18 +333,12 @@ class PromptTask(Task):
                 parts["paper"] = self.paper(record, [continued_text(adapter, c, **cut) for c in special])
             prompts = asked[number] or published[number]
             texts = [continued_text(adapter, written[prompt]) for prompt in prompts]
-            answer = self.parse(record, [self._cut(text) for text in texts])
+            answer = self.parse(record, [up_to_stop(text, self.stop) for text in texts])
             if standard:
                 by_likelihood = self.by_likelihood(record, likely[number]) if likely[number] else {}
                 parts |= by_likelihood | self.standard(record, answer)
             found.append(Output(prompts=tuple(prompts), texts=tuple(texts), answer=answer, parts=parts))
         return found
-
-    def _cut(self, text: str) -> str:
-        """The text without white space around it, up to the first stop string."""
-        text = text.lstrip()
-        places = [place for stop in self.stop if (place := text.find(stop)) >= 0]
-        return text[: min(places, default=None)].rstrip()
 
     def _written(
         self,
@@ -365,24 +359,13 @@ class PromptTask(Task):
                 adapter,
                 prompts,
                 max_new_tokens=most,
-                finished=self._finished(adapter, least),
+                finished=stopping(adapter, self.stop, least=least),
                 candidates=[first.get(prompt, ()) for prompt in prompts],
                 tokens_per_batch=how.tokens_per_batch,
                 show_progress=how.show_progress,
             )
             written |= zip(prompts, found, strict=True)
         return written
-
-    def _finished(self, adapter: Adapter, least: int) -> Callable[[Sequence[int]], bool]:
-        """Whether a row has its ``least`` tokens and then a stop string, after which nothing of it is read."""
-
-        def finished(new: Sequence[int]) -> bool:
-            if len(new) < least:
-                return False
-            text = str(adapter.tokenizer.decode([*new])).lstrip()
-            return any(stop in text for stop in self.stop)
-
-        return finished
 
 
 def _first_tokens(
