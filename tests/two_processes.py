@@ -26,6 +26,7 @@ from rect_lightning.solving.moments import second_moments
 from rect_lightning.tasks import MultipleChoice, Perplexity
 from tests import tiny
 from tests.editors.test_base import PROSE, facts, fit, memit, requests, rome, trainer
+from tests.editors.test_ultraedit import ultraedit
 
 DDP = {"strategy": "ddp", "devices": 2}
 LAYERS = [1, 2]
@@ -52,6 +53,7 @@ def edits(folder, options):
         ("layer", lambda: memit(folder, prose=prose), 3),  # batches of 3 and 1: uneven, and fewer than processes
         ("operation", lambda: memit(folder, step_per="operation"), 3),
         ("single", lambda: rome(folder, mode="single"), 1),
+        ("gradients", ultraedit, 3),
     ):
         editor, searched, weights = make(), [], []
         restore, search = editor.restore, locate_then_edit.search_values
