@@ -45,7 +45,7 @@ def alone(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "neurons"])
+@pytest.mark.parametrize("kind", [*KINDS, "neurons", "gradients"])
 def test_the_weights_are_those_of_a_single_process(two, alone, kind):
     ranks = [found["edits"][kind]["weights"] for found in two[1]]
     expected = alone["edits"][kind]["weights"]

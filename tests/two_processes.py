@@ -27,6 +27,7 @@ from rect_lightning.tasks import MultipleChoice, Perplexity
 from tests import tiny
 from tests.editors.test_base import PROSE, facts, fit, memit, requests, rome, trainer
 from tests.editors.test_knowledge_neurons import kn
+from tests.editors.test_ultraedit import ultraedit
 
 DDP = {"strategy": "ddp", "devices": 2}
 LAYERS = [1, 2]
@@ -54,6 +55,7 @@ def edits(folder, options):
         ("operation", lambda: memit(folder, step_per="operation"), 3),
         ("single", lambda: rome(folder, mode="single"), 1),
         ("neurons", lambda: kn(layers=[1, 3]), 3),
+        ("gradients", ultraedit, 3),
     ):
         editor, searched, weights = make(), [], []
         restore, search = editor.restore, locate_then_edit.search_values

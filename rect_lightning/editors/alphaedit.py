@@ -60,7 +60,7 @@ class AlphaEdit(SpreadOverLayers):
                 raise ValueError(f"Layer {layer}: {error}") from error
 
     def solve(self, layer: int, residuals: Tensor, keys: Tensor) -> Tensor:
-        """The update in the null space; its keys count as past ones from now on."""
+        """The update in the null space; the keys that it is solved for count as past ones from now on."""
         keys = keys.to(self.projectors[layer]) @ self.projectors[layer]
         name = f"past_keys.{layer}"
         past = self.memory.get(name)

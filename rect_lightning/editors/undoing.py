@@ -29,7 +29,7 @@ class Beginning:
             callback.load_state_dict(state)
 
     def put_into(self, checkpoint: dict[str, Any]) -> None:
-        """Let a checkpoint's counts and regularisers be as they were; the weights are for the editor to name."""
+        """Let a checkpoint's counts, memory and regularisers be as they were; the weights are for the editor to name."""
         checkpoint["memory"] = self.memory
         checkpoint["global_step"] = self.steps["total"]["completed"]
         checkpoint["loops"]["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"] = self.steps
