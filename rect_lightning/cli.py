@@ -15,7 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed
 
-from rect_lightning import reuse
+from rect_lightning import reports, reuse
 from rect_lightning.cache import cache_dir
 from rect_lightning.callbacks.running import RunningCheckpoint
 from rect_lightning.callbacks.summary import Summary
@@ -27,7 +27,8 @@ from rect_lightning.runs import checkpoint_file
 
 _log = logging.getLogger("rect_lightning")
 
-COMMANDS: dict[str, Callable[..., None]] = {"export": reuse.export, "apply": reuse.apply, "revert": reuse.revert}
+COMMANDS: dict[str, Callable[..., None]] = {"export": reuse.export, "apply": reuse.apply, "revert": reuse.revert,
+ "report": reports.report}
 """Commands that need neither data nor a Trainer."""
 
 
@@ -196,7 +197,7 @@ def main(args: ArgsType = None) -> None:
         parser_kwargs={
             "prog": "python -m rect_lightning",
             "description": "Edit language models, and measure what the edits did and what they harmed.",
-            "epilog": f"Besides: {', '.join(COMMANDS)}, for edited models as folders and patches; `export --help`.",
+            "epilog": f"Besides: {', '.join(COMMANDS)}, for edited models as folders and patches, and runs as pages; `export --help`.",
         },
         args=args,
     )
