@@ -27,8 +27,12 @@ from rect_lightning.runs import checkpoint_file
 
 _log = logging.getLogger("rect_lightning")
 
-COMMANDS: dict[str, Callable[..., None]] = {"export": reuse.export, "apply": reuse.apply, "revert": reuse.revert,
- "report": reports.report}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "export": reuse.export,
+    "apply": reuse.apply,
+    "revert": reuse.revert,
+    "report": reports.report,
+}
 """Commands that need neither data nor a Trainer."""
 
 
@@ -197,7 +201,7 @@ def main(args: ArgsType = None) -> None:
         parser_kwargs={
             "prog": "python -m rect_lightning",
             "description": "Edit language models, and measure what the edits did and what they harmed.",
-            "epilog": f"Besides: {', '.join(COMMANDS)}, for edited models as folders and patches, and runs as pages; `export --help`.",
+            "epilog": f"Besides: {', '.join(COMMANDS)}, for edited models as folders and patches, and pages; `export --help`.",
         },
         args=args,
     )

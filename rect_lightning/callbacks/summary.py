@@ -18,8 +18,9 @@ class Summary(Callback):
     """After a run print the metrics before and after and a few raw continuations, and write them to the run folder.
 
     ``metrics.json`` holds ``{"before": {name: value}, "after": {name: value}}``, ``requests.json`` the same of
-    each request, ``samples.json`` the continuations and ``provenance.json`` what the edited weights come from. ``relative_change.json`` says how far
-    the entries of each edited weight are from the clean model; single mode, which puts them back, leaves none.
+    each request, ``samples.json`` the continuations and ``provenance.json`` what the edited weights come from.
+    ``relative_change.json`` says how far the entries of each edited weight are from the clean model; single mode, which puts
+    them back, leaves none.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

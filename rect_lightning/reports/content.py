@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from math import isfinite, log10
 
 from rect_lightning.reports.figures import Figure, Mark, Panel, Series
@@ -69,6 +69,10 @@ def interval_note(results: Results) -> str:
     return "Intervals are 95 % and speak of the choice of records alone."
 
 
+def _seed_note(results: Results) -> str:
+    return interval_note(results) if results.seeds > 1 else ""
+
+
 # Editing -------------------------------------------------------------------------------------------------------------
 
 
@@ -85,9 +89,15 @@ def _trade_off(results: Results, by: Grouping) -> Figure | None:
                 edited = rows[-1]
                 series.append(
                     Series(
-                        label=label, style=style, x=(edited.value,), y=(kept.value,), low=(kept.low,), high=(kept.high,),
-                        x_low=(edited.low,), x_high=(edited.high,),
-                    )  # fmt: skip
+                        label=label,
+                        style=style,
+                        x=(edited.value,),
+                        y=(kept.value,),
+                        low=(kept.low,),
+                        high=(kept.high,),
+                        x_low=(edited.low,),
+                        x_high=(edited.high,),
+                    )
                 )
         if series:
             title = group or "Editing against ability"
@@ -98,10 +108,10 @@ def _trade_off(results: Results, by: Grouping) -> Figure | None:
     return Figure(
         name="trade-off",
         section="Trade-off",
-        title="The trade-off",
+        title="How well the edits took, and what is left of the model's abilities",
         caption=f"Further right the edits took better, higher up more of the model's abilities is left. Ability kept is the "
         f"mean share of {tasks} that is left after the edits (of perplexity, its inverse); what the clean model cannot do "
-        f"at all is left out. {interval_note(results) if results.seeds > 1 else ''}".strip(),
+        f"at all is left out. {_seed_note(results)}".strip(),
         panels=tuple(panels),
     )
 
@@ -117,10 +127,19 @@ def _editing(results: Results, by: Grouping, group: str) -> list[Figure]:
             name = f"{metric}/{kind}"
             before = [row for row in results.of("before", name) if by.group(row.cell) == group]
             series = [_bar("before", _REFERENCE, before[0])] if before else []
-            series += [_bar(label, style, rows[-1]) for label, style, rows in by.split(results.of("after", name), group)]
+            series += [
+                _bar(label, style, rows[-1]) for label, style, rows in by.split(results.of("after", name), group)
+            ]
             if len(series) > len(before[:1]):
                 panels.append(
-                    Panel(kind="bars", title=metric.capitalize(), x_label="", y_label=name, series=tuple(series), share=True)
+                    Panel(
+                        kind="bars",
+                        title=metric.capitalize(),
+                        x_label="",
+                        y_label=name,
+                        series=tuple(series),
+                        share=True,
+                    )
                 )
         counts = {row.n for row in results.of("after", f"efficacy/{kind}") if row.n}
         requests = f" {min(counts)} requests." if len(counts) == 1 else ""
@@ -130,7 +149,7 @@ def _editing(results: Results, by: Grouping, group: str) -> list[Figure]:
                 section="Editing",
                 title=_titled("Did the edits take?" if kind == "probability" else "Word for word", group),
                 caption=f"{told}: after the prompt (efficacy), after its paraphrases (generalisation), and for neighbours "
-                f"that should not change (locality).{requests} {interval_note(results) if results.seeds > 1 else ''}".strip(),
+                f"that should not change (locality).{requests} {_seed_note(results)}".strip(),
                 panels=tuple(panels),
             )
         )
@@ -173,7 +192,7 @@ def _edits_hold(results: Results, by: Grouping, group: str) -> Figure:
         name=_slug("edits-hold", by.suffix(group)),
         section="Editing",
         title=_titled("Do earlier edits hold?", group),
-        caption=f"All edits made so far, measured again as they pile up. {interval_note(results) if results.seeds > 1 else ''}".strip(),
+        caption=f"All edits made so far, measured again as they pile up. {_seed_note(results)}".strip(),
         panels=_curves(results, by, group, "edits", names),
     )
 
@@ -186,22 +205,26 @@ def _curves(results: Results, by: Grouping, group: str, source: str, names: Sequ
         series = [line for line in series if line.x]
         if max((len(line.x) for line in series), default=0) > 1:
             values = [y for line in series for y in line.y]
+            harm, log = lower_is_better(name), max(values) > 20 * min(values) > 0
+            hint = ("lower is better" + ", log scale" * log) if harm else ""
             panels.append(
                 Panel(
-                    kind="lines", title=name, x_label="edits", y_label=_hint(name), series=tuple(series),
-                    log_y=lower_is_better(name) and max(values) > 10 * min(values) > 0,
-                    share=not lower_is_better(name) and all(0 <= y <= 1 for y in values),
-                )  # fmt: skip
+                    kind="lines",
+                    title=name,
+                    x_label="edits",
+                    y_label=hint,
+                    series=tuple(series),
+                    log_y=harm and log,
+                    share=not harm and all(0 <= y <= 1 for y in values),
+                )
             )
     return tuple(panels)
 
 
-def _hint(name: str) -> str:
-    return "lower is better, log scale" if lower_is_better(name) else ""
-
-
 def _line(label: str, style: int, rows: Iterable[Row]) -> Series:
-    rows = sorted((row for row in rows if row.edits is not None and isfinite(row.value)), key=lambda row: row.edits or 0)
+    rows = sorted(
+        (row for row in rows if row.edits is not None and isfinite(row.value)), key=lambda row: row.edits or 0
+    )
     return Series(
         label=label,
         style=style,
@@ -244,7 +267,7 @@ def _growth(results: Results, by: Grouping, group: str) -> Figure | None:
         name=_slug("growth", by.suffix(group)),
         section="Weights",
         title=_titled("How far the weights have moved", group),
-        caption="The share of a weight's entries whose change since the clean model is more than δ = |ΔW / W|.",
+        caption="The share of a weight's entries whose change since the clean model is more than δ = |ΔW/W|.",
         panels=tuple(panel for panel in panels if max((len(s.x) for s in panel.series), default=0) > 1),
     )
 
@@ -269,15 +292,20 @@ def _layers(results: Results, by: Grouping, group: str) -> Figure | None:
         if series:
             panels.append(
                 Panel(
-                    kind="heat", title=f"δ > {threshold}", x_label=by.axis, y_label="share of entries", ticks=tuple(labels),
-                    series=tuple(series), percent=True,
-                )  # fmt: skip
+                    kind="heat",
+                    title=f"δ > {threshold}",
+                    x_label=by.axis,
+                    y_label="share of entries",
+                    ticks=tuple(labels),
+                    series=tuple(series),
+                    percent=True,
+                )
             )
     return Figure(
         name=_slug("layers", by.suffix(group)),
         section="Weights",
         title=_titled("Where the weights have changed", group),
-        caption="After the last edit: the share of each layer's entries whose relative change δ = |ΔW / W| since the clean model "
+        caption="After the last edit: the share of each layer's entries whose relative change δ = |ΔW/W| since the clean model "
         "is above the threshold.",
         panels=tuple(panels),
     )
@@ -301,7 +329,7 @@ def _distribution(results: Results) -> Figure | None:
         for layer in layers
     ]
     panel = Panel(
-        kind="heat", title="Relative change by layer", x_label="δ = |ΔW / W|, from", y_label="share of entries", ticks=ticks,
+        kind="heat", title="Relative change by layer", x_label="δ = |ΔW/W|, from", y_label="share of entries", ticks=ticks,
         series=tuple(series), percent=True,
     )  # fmt: skip
     return Figure(
@@ -324,19 +352,26 @@ def _histograms(results: Results) -> Figure | None:
     panels = []
     for layer in layers:
         threshold = layer["thresholds"].get(keep)
-        marks = (Mark(x=log10(threshold), label=f"top {float(keep):.0%}: δ ≥ {threshold:.2g}"),) if threshold else ()
+        marks = (
+            (Mark(x=log10(threshold), label=f"top {_percent(float(keep))}: δ ≥ {threshold:.2g}"),) if threshold else ()
+        )
         counts = tuple(count / layer["entries"] for count in layer["counts"][first:last])
         panels.append(
             Panel(
-                kind="steps", title=f"Layer {layer['layer']}, {layer['zero'] / layer['entries']:.0%} unchanged",
-                x_label="δ = |ΔW / W|", y_label="share of entries", marks=marks, log_x=True, percent=True,
+                kind="steps",
+                title=f"Layer {layer['layer']}, {_percent(layer['zero'] / layer['entries'])} unchanged",
+                x_label="δ = |ΔW/W|",
+                y_label="share of entries",
+                marks=marks,
+                log_x=True,
+                percent=True,
                 series=(Series(label=f"layer {layer['layer']}", style=0, x=tuple(edges[first : last + 1]), y=counts),),
-            )  # fmt: skip
+            )
         )
     kept = (
-        f"RECT kept the top {results.keep:.0%} of each update, compared with the weight just before it"
+        f"RECT kept the top {_percent(results.keep)} of each update, compared with the weight just before it"
         if results.keep
-        else "RECT would keep the top 40 %"
+        else "RECT would keep the top 40\N{NARROW NO-BREAK SPACE}%"
     )
     return Figure(
         name="histogram",
@@ -367,6 +402,10 @@ def _extent(results: Results, width: int) -> tuple[int, int]:
 
 def _titled(title: str, group: str) -> str:
     return f"{title} {group}" if group and title.endswith("?") else f"{title}: {group}" if group else title
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}\N{NARROW NO-BREAK SPACE}%"
 
 
 def _slug(*parts: str) -> str:

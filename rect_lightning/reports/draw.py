@@ -15,8 +15,8 @@ from rect_lightning.durable import whole_file
 from rect_lightning.reports.figures import Figure, Panel, Series
 from rect_lightning.reports.palette import LIGHT, SERIES, series_colour
 
-WIDTH = 360.0
-"""Of a panel, in points, so that text is legible where the panel fills a phone."""
+WIDTH = 310.0
+"""Of a panel, in points: as wide as a phone, so that its text is legible there."""
 _SMALL, _TEXT = 10.5, 11.5
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (6, 1.5, 1.4, 1.5)), (0, (3, 1.2, 1, 1.2, 1, 1.2)), (0, (9, 2)))
@@ -44,7 +44,7 @@ def inline_svg(panel: Panel, *, name: str, description: str) -> str:
     head = (
         f'<svg class="panel" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" '
         f'xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-labelledby="{name}-title {name}-desc" '
-        'style="stroke-linejoin: round; font-family: system-ui, -apple-system, \'Segoe UI\', sans-serif">'
+        "style=\"stroke-linejoin: round; font-family: system-ui, -apple-system, 'Segoe UI', sans-serif\">"
         f'<title id="{name}-title">{escape(panel.title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
     )
     svg = head + re.sub(r"^<svg.*?>", "", svg, flags=re.DOTALL)
@@ -81,7 +81,9 @@ def _matplotlib() -> Any:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise ImportError("Figures are drawn with matplotlib, which is not installed: pip install '.[report]'") from error
+        raise ImportError(
+            "Figures are drawn with matplotlib, which is not installed: pip install '.[report]'"
+        ) from error
     return mpl
 
 
@@ -102,7 +104,8 @@ def _render(panels: Sequence[Panel], kind: str, *, columns: int, salt: str) -> b
             top -= height
         out = io.BytesIO()
         undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-        canvas.savefig(out, format=kind, dpi=300, metadata=undated.get(kind), transparent=kind != "png", facecolor="white")
+        ground = "white" if kind == "png" else "none"
+        canvas.savefig(out, format=kind, dpi=300, metadata=undated.get(kind), facecolor=ground)
         return out.getvalue()
 
 
@@ -164,7 +167,7 @@ def _grid(axes: Any, which: str = "y") -> None:
 def _percent(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}\N{NARROW NO-BREAK SPACE}%"))
 
 
 # The kinds -----------------------------------------------------------------------------------------------------------
@@ -176,7 +179,9 @@ def _lines(axes: Any, panel: Panel) -> None:
     _grid(axes)
     for series in panel.series:
         if any(low is not None for low in series.low):
-            low, high = ([y if v is None else v for v, y in zip(vs, series.y, strict=True)] for vs in (series.low, series.high))
+            low, high = (
+                [y if v is None else v for v, y in zip(vs, series.y, strict=True)] for vs in (series.low, series.high)
+            )
             axes.fill_between(series.x, low, high, alpha=0.13, linewidth=0, **_style(series))
         axes.plot(
             series.x, series.y, linestyle=_DASHES[series.style % len(_DASHES)], linewidth=1.8, marker=_marker(series.style),
@@ -209,6 +214,7 @@ def _name_ends(axes: Any, series: Sequence[Series]) -> None:
 
 def _in_points(axes: Any, x: float, y: float) -> tuple[float, float]:
     """A place of the data in points from the lower left of the axes."""
+    axes.get_xlim()  # settles limits that are still automatic
     at = axes.transData.transform((x, y)) - axes.transAxes.transform((0, 0))
     return at[0] * 72 / axes.figure.dpi, at[1] * 72 / axes.figure.dpi
 
@@ -239,10 +245,16 @@ def _points(axes: Any, panel: Panel) -> None:
         axis.set_major_locator(MaxNLocator(5))
     taken = [_in_points(axes, s.x[0], s.y[0]) for s in panel.series]
     boxes = [(x - 5, y - 5, x + 5, y + 5) for x, y in taken]
+    for s in panel.series:
+        left, low = _in_points(axes, (s.x_low or s.x)[0] or s.x[0], (s.low or s.y)[0] or s.y[0])
+        right, high = _in_points(axes, (s.x_high or s.x)[0] or s.x[0], (s.high or s.y)[0] or s.y[0])
+        x, y = _in_points(axes, s.x[0], s.y[0])
+        boxes += [(left, y - 1, right, y + 1), (x - 1, low, x + 1, high)]
     width = axes.get_window_extent().width * 72 / axes.figure.dpi
     for s, (x, y) in zip(panel.series, taken, strict=True):
         w, h = _text_width(s.label), 12.0
-        choices = [(x + 9, y - 4), (x - 9 - w, y - 4), (x - w / 2, y + 10), (x - w / 2, y - 19), (x + 7, y + 7), (x + 7, y - 15)]
+        beside = [(x + 9, y - 4), (x + 6, y + 6), (x + 6, y - 15), (x - w, y + 6), (x - w, y - 15), (x - 9 - w, y - 4)]
+        choices = [*beside, (x - w / 2, y + 12), (x - w / 2, y - 22)]
         fits = [c for c in choices if c[0] > -30 and c[0] + w < width + 12]
         free = [c for c in fits if not any(_overlap((*c, c[0] + w, c[1] + h), box) for box in boxes)]
         at = (free or fits or choices)[0]
@@ -312,10 +324,23 @@ def _heat(axes: Any, panel: Panel) -> None:
     for row, s in enumerate(panel.series):
         for x, y in zip(s.x, s.y, strict=True):
             axes.add_patch(
-                Rectangle((x - 0.48, row - 0.46), 0.96, 0.92, facecolor=LIGHT["accent"], alpha=0.05 + (0.45 if few else 0.9) * y / most)
+                Rectangle(
+                    (x - 0.48, row - 0.46),
+                    0.96,
+                    0.92,
+                    facecolor=LIGHT["accent"],
+                    alpha=0.05 + (0.45 if few else 0.9) * y / most,
+                )
             )
             if few:
-                axes.annotate(f"{y:.0%}", (x, row), ha="center", va="center", fontsize=_SMALL, color=LIGHT["ink"])
+                axes.annotate(
+                    f"{100 * y:.0f}\N{NARROW NO-BREAK SPACE}%",
+                    (x, row),
+                    ha="center",
+                    va="center",
+                    fontsize=_SMALL,
+                    color=LIGHT["ink"],
+                )
     axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
     axes.set_ylim(len(panel.series) - 0.5, -0.5)
     axes.set_yticks(range(len(panel.series)), [s.label for s in panel.series], color=LIGHT["ink"])

@@ -85,8 +85,8 @@ class Figure:
 
     @property
     def wide(self) -> bool:
-        """Whether it is one panel that deserves the whole width."""
-        return len(self.panels) == 1 and self.panels[0].kind in ("points", "heat")
+        """Whether its panels deserve more room than others."""
+        return any(panel.kind in ("points", "heat") for panel in self.panels)
 
 
 def _at(values: tuple[float | None, ...], i: int) -> float | None:

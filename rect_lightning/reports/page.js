@@ -63,6 +63,6 @@
       make("button", "CSV", () => save(`${figure.id}.csv`, "text/csv", csv(figure.querySelector("table")))),
     );
     for (const button of tools.children) button.setAttribute("aria-label", `Save ${button.textContent} of ${title}`);
-    figure.append(tools);
+    figure.querySelector(".foot").append(tools);
   }
 })();

@@ -17,7 +17,6 @@ from rect_lightning.metrics.definitions import DEFINITIONS
 from rect_lightning.provenance import versions
 from rect_lightning.reports import draw, palette
 from rect_lightning.reports.content import figures as figures_of
-from rect_lightning.reports.content import interval_note
 from rect_lightning.reports.figures import Figure
 from rect_lightning.reports.reading import read
 from rect_lightning.reports.results import Results, Row, lower_is_better
@@ -87,7 +86,6 @@ def html(results: Results) -> str:
         metrics=_metrics(results),
         cells=_cells(results),
         sections=sections,
-        note=interval_note(results),
         version=versions()["rect_lightning"],
     )
 
@@ -135,7 +133,11 @@ def _headlines(results: Results) -> list[tuple[str, Row | None, Row]]:
     if results.axes:
         return []
     names = dict(_HEADLINES) | {name: "Perplexity" for name in results.names("after") if lower_is_better(name)}
-    return [(told, _only(results, "before", name), row) for name, told in names.items() if (row := _only(results, "after", name))]
+    return [
+        (told, _only(results, "before", name), row)
+        for name, told in names.items()
+        if (row := _only(results, "after", name))
+    ]
 
 
 def _metrics(results: Results) -> list[tuple[str, str, Row | None, Row]]:
@@ -143,7 +145,8 @@ def _metrics(results: Results) -> list[tuple[str, str, Row | None, Row]]:
     if results.axes:
         return []
     return [
-        (row.name, DEFINITIONS.get(row.name, ""), _only(results, "before", row.name), row) for row in results.of("after")
+        (row.name, DEFINITIONS.get(row.name, ""), _only(results, "before", row.name), row)
+        for row in results.of("after")
     ]
 
 
@@ -158,9 +161,8 @@ def _cells(results: Results) -> dict[str, Any]:
     columns = [("after", name) for name in results.names("after")]
     columns += [("task", name) for name in results.main_scores]
     columns += [("kept", name) for name in results.names("kept")] + [("cost", name) for name in results.names("cost")]
-    last = {
-        (row.cell, row.source, row.name): row for row in sorted(results.rows, key=lambda row: row.edits or 0)
-    }  # of several numbers of edits, the most
+    # of several numbers of edits, the most
+    last = {(row.cell, row.source, row.name): row for row in sorted(results.rows, key=lambda row: row.edits or 0)}
     lines = [(cell, [last.get((cell, *column)) for column in columns]) for cell in results.cells]
     first: dict[tuple[str, str], Row] = {}
     for row in results.rows:

@@ -54,6 +54,7 @@ def _run(path: Path) -> Results:
         title = describe(edits, told["operations"], told["editor"], told["mode"], names)
     return Results(
         title=title,
+        subtitle=_of_model(told),
         rows=(*_metrics(path, edits), *_side_effects(path), *_changes(path)),
         changes=_json(path / "relative_change.json", {}),
         keep=keep[0] if keep else None,
@@ -62,6 +63,13 @@ def _run(path: Path) -> Results:
         configuration=_texts(path, ["config.yaml"]),
         provenance=_texts(path, ["provenance.json"]),
     )
+
+
+def _of_model(told: dict[str, Any]) -> str:
+    layers = told.get("layers", [])
+    name = told.get("base", {}).get("name", "")
+    numbers = ", ".join(map(str, layers))
+    return f"{name}, layer{'s' * (len(layers) != 1)} {numbers}" if name and layers else name
 
 
 def _metrics(path: Path, edits: int | None) -> list[Row]:
@@ -79,7 +87,9 @@ def _side_effects(path: Path) -> list[Row]:
         return []
     file = path / "side_effects.csv"
     lines = _csv(file, ("edits", "task", "score", "value", "low", "high", "n", "unparseable"))
-    named = ({**line, "source": "edits" if line["task"] == "edits" else "task", "name": line["score"]} for line in lines)
+    named = (
+        {**line, "source": "edits" if line["task"] == "edits" else "task", "name": line["score"]} for line in lines
+    )
     return [row for number, line in enumerate(named, 2) if (row := _row(file, number, line, ())) is not None]
 
 
@@ -107,6 +117,7 @@ def _grid(path: Path) -> Results:
     others = sorted(other.name for other in path.glob("*.yaml"))
     return Results(
         title=path.resolve().name,
+        subtitle="; ".join(f"{axis}: {', '.join(dict.fromkeys(line[axis] for line in lines))}" for axis in axes),
         axes=axes,
         rows=tuple(row for row in rows if row is not None),
         configuration=_texts(path, others),

@@ -38,6 +38,7 @@ class Results:
     """A run, which has no axes, or a grid."""
 
     title: str
+    subtitle: str = ""
     axes: tuple[str, ...] = ()
     rows: tuple[Row, ...]
     seeds: int = 1

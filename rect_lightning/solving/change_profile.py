@@ -37,9 +37,7 @@ class ChangeProfile:
     """Frobenius norm of the weight before it."""
 
 
-def change_profile(
-    update: Tensor, weight: Tensor, keeps: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
-) -> ChangeProfile:
+def change_profile(update: Tensor, weight: Tensor, keeps: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)) -> ChangeProfile:
     """Count the relative changes of a weight's entries in bins.
 
     Args:

@@ -34,7 +34,11 @@ def grid_rows(editors=("ROME", "MEMIT"), seeds=(0, 1, 2)):
                     yield *cell, edits, source, "perplexity/prose", 33 / kept if edits else 33.0, "", "", "", ""
                 for edits in (0, 5, 10, 15, 20):
                     left = kept ** (edits / 20 * 1.6)
-                    for task, start in (("gsm8k/standard/exact", 0.31), ("sst2/standard/option", 0.86), ("sst2/paper", 0.7)):
+                    for task, start in (
+                        ("gsm8k/standard/exact", 0.31),
+                        ("sst2/standard/option", 0.86),
+                        ("sst2/paper", 0.7),
+                    ):
                         value = start * left + (noise(0.015) if edits else 0)
                         yield *cell, edits, "task", task, value, value - 0.08, value + 0.08, 100, 0.02
                     yield *cell, edits, "task", "perplexity/prose", 33 / left**3, "", "", 5, ""
@@ -56,9 +60,10 @@ def write_grid(folder, rows=None, columns=COLUMNS):
     return folder
 
 
+_METRICS = ("efficacy/probability", "efficacy/exact", "locality/probability", "perplexity/prose")
 RESULTS = {
-    "before": {"efficacy/probability": 0.125, "efficacy/exact": 0.0, "locality/probability": 0.875, "perplexity/prose": 32.959},
-    "after": {"efficacy/probability": 0.96875, "efficacy/exact": 0.9375, "locality/probability": 0.8125, "perplexity/prose": 33.206},
+    "before": dict(zip(_METRICS, (0.125, 0.0, 0.875, 32.959), strict=True)),
+    "after": dict(zip(_METRICS, (0.96875, 0.9375, 0.8125, 33.206), strict=True)),
 }  # fmt: skip
 PROMPT = 'Say <script>alert("x")</script> & "so" $x^2$ → {{ 7 * 7 }}'
 
