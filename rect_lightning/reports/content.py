@@ -165,7 +165,7 @@ def _bar(label: str, style: int, row: Row) -> Series:
 
 def _abilities(results: Results, by: Grouping, group: str) -> Figure:
     return Figure(
-        name=_slug("abilities", by.suffix(group)),
+        name=_slug("main-scores", by.suffix(group)),
         section="Abilities",
         title=_titled("What the edits cost", group),
         caption="The model's abilities, by the main score of each task, against the number of edits made; 0 edits is the "
@@ -267,7 +267,7 @@ def _growth(results: Results, by: Grouping, group: str) -> Figure | None:
         name=_slug("growth", by.suffix(group)),
         section="Weights",
         title=_titled("How far the weights have moved", group),
-        caption="The share of a weight's entries whose change since the clean model is more than δ = |ΔW/W|.",
+        caption="The share of a weight's entries whose relative change since the clean model, |ΔW/W|, is above δ.",
         panels=tuple(panel for panel in panels if max((len(s.x) for s in panel.series), default=0) > 1),
     )
 
