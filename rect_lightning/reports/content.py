@@ -84,7 +84,7 @@ def _trade_off(results: Results, by: Grouping) -> Figure | None:
     for group in by.groups:
         series = []
         for label, style, rows in by.split(results.of("after", score), group):
-            [kept] = [row for row in results.of("kept") if row.cell == rows[0].cell] or [None]
+            kept = next((row for row in results.of("kept") if row.cell == rows[0].cell), None)
             if kept is not None:
                 edited = rows[-1]
                 series.append(
