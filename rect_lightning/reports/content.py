@@ -106,7 +106,7 @@ def _trade_off(results: Results, by: Grouping) -> Figure | None:
             )
     tasks = ", ".join(name.split("/")[0] for name in results.main_scores) or "perplexity"
     return Figure(
-        name="trade-off",
+        name="score-and-ability",
         section="Trade-off",
         title="How well the edits took, and what is left of the model's abilities",
         caption=f"Further right the edits took better, higher up more of the model's abilities is left. Ability kept is the "

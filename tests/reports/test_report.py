@@ -102,7 +102,7 @@ def test_ability_kept_is_the_mean_share_of_main_scores(tmp_path):
 
 def test_the_trade_off_has_a_point_a_regulariser(grid):
     figure = figures(read(grid))[0]
-    assert figure.name == "trade-off"
+    assert figure.name == "score-and-ability"
     assert [panel.title for panel in figure.panels] == ["ROME", "MEMIT"]
     assert [series.label for series in figure.panels[0].series] == ["none", "RECT 40", "RECT 20", "Random 40"]
 
