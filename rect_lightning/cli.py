@@ -15,7 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed
 
-from rect_lightning import harness, reuse
+from rect_lightning import harness, reports, reuse
 from rect_lightning.cache import cache_dir
 from rect_lightning.callbacks.running import RunningCheckpoint
 from rect_lightning.callbacks.summary import Summary
@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "apply": reuse.apply,
     "revert": reuse.revert,
     "lm-eval": harness.lm_eval,
+    "report": reports.report,
 }
 """Commands that need neither data nor a Trainer."""
 
@@ -214,8 +215,8 @@ def main(args: ArgsType = None) -> None:
         parser_kwargs={
             "prog": "python -m rect_lightning",
             "description": "Edit language models, and measure what the edits did and what they harmed.",
-            "epilog": f"Besides, for edited models: {', '.join(COMMANDS)}; `export --help`. And experiment, for grids of fits; "
-            "`experiment --help`.",
+            "epilog": f"Besides: {', '.join(COMMANDS)}, for edited models and pages; `export --help`. And experiment, for grids "
+            "of fits; `experiment --help`.",
         },
         args=args,
     )

@@ -114,7 +114,7 @@ def test_fit_leaves_a_run_folder(fitted):
     files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert files >= {
         "config.yaml", "metrics.csv", "metrics.json", "requests.json", "samples.json",
-        "provenance.json", "checkpoints/edited.ckpt",
+        "provenance.json", "relative_change.json", "checkpoints/edited.ckpt",
     }  # fmt: skip
     results = json.loads((run / "metrics.json").read_text())
     assert results.keys() == {"before", "after"}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rect_lightning.callbacks.changes import Change, relative
 from rect_lightning.callbacks.regulariser import Regulariser, check_share
+from rect_lightning.solving.change_profile import smallest_kept
 from rect_lightning.solving.relative_change import change_statistics, largest, largest_of_all
 
 
@@ -67,6 +68,7 @@ class RECT(Regulariser):
             statistics["manhattan"] *= abs(change.scale)
             mask = largest(delta, self.keep) if masks is None else masks[i].view(delta.shape)
             statistics["kept"] = int(mask.count_nonzero()) / mask.numel()
+            statistics["threshold"] = smallest_kept(delta, mask)
             change.keep(mask)
             logs |= {f"{change.name}/{key}": value for key, value in statistics.items()}
         return logs

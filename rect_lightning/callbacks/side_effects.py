@@ -13,8 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from rect_lightning.data.request import EditRequest
 from rect_lightning.durable import whole_file
-from rect_lightning.metrics import EditMetrics, evaluate
-from rect_lightning.metrics.editing import RequestScores
+from rect_lightning.metrics import EditMetrics, RequestScores, evaluate
 from rect_lightning.tasks import Task, TaskResult, measure, named
 
 COLUMNS = ("edits", "task", "score", "value", "low", "high", "n", "unparseable")

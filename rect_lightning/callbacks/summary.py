@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ class Summary(Callback):
 
     ``metrics.json`` holds ``{"before": {name: value}, "after": {name: value}}``, ``requests.json`` the same of
     each request, ``samples.json`` the continuations and ``provenance.json`` what the edited weights come from.
+    ``relative_change.json`` says how far the entries of each edited weight are from the clean model; single mode, which puts
+    them back, leaves none.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,6 +80,8 @@ class Summary(Callback):
                 "samples.json": samples,
                 "provenance.json": pl_module.provenance(),
             }
+            if changes := pl_module.relative_changes():
+                files["relative_change.json"] = changes
             self._write(Path(folder), files)
         console = Console()
         console.print(metrics_table(results, requests_of(pl_module.measurement.requests), title(trainer, pl_module)))
@@ -88,10 +92,15 @@ class Summary(Callback):
 
 def title(trainer: Trainer, pl_module: Any) -> str:
     """What was done: "32 edits by MEMIT in 1 operation, with RECT"."""
-    edits, operations = len(pl_module.done), pl_module.operations
     regularisers = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, Regulariser)]  # type: ignore[attr-defined]
-    done = f"{edits} edit{'s' * (edits != 1)} by {type(pl_module).__name__}"
-    made = f"in {operations} operation{'s' * (operations != 1)}, {pl_module.mode}"
+    editor = type(pl_module).__name__
+    return describe(len(pl_module.done), pl_module.operations, editor, pl_module.mode, regularisers)
+
+
+def describe(edits: int, operations: int, editor: str, mode: str, regularisers: Sequence[str]) -> str:
+    """What was done, in a line, as in `title`."""
+    done = f"{edits} edit{'s' * (edits != 1)} by {editor}"
+    made = f"in {operations} operation{'s' * (operations != 1)}, {mode}"
     return f"{done} {made}" + (f", with {', '.join(regularisers)}" if regularisers else "")
 
 

@@ -18,7 +18,7 @@ from rect_lightning.checkpoint_io import EditCheckpointIO
 from rect_lightning.data.prose import prose_path
 from rect_lightning.data.request import EditRequest
 from rect_lightning.editors import checkpoints
-from rect_lightning.editors.measure import Measurement, with_perplexity
+from rect_lightning.editors.measure import Measurement, relative_changes, with_perplexity
 from rect_lightning.editors.undoing import Beginning
 from rect_lightning.metrics import Wild, check_requests
 from rect_lightning.models import Adapter, Source, adapter_for
@@ -430,6 +430,10 @@ class Editor(LightningModule, ABC):
                 from it with other data.
         """
         checkpoints.load(self, checkpoint)
+
+    def relative_changes(self) -> dict[str, Any]:
+        """How far the entries of each edited weight are from the clean model; empty where none has moved."""
+        return relative_changes(self)
 
     def provenance(self) -> dict[str, Any]:
         """What the edited weights come from, in plain values."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from rect_lightning.data.prose import prose_path
 from rect_lightning.data.request import EditRequest
 from rect_lightning.metrics import EditMetrics, RequestScores, evaluate, perplexity, request_metrics
+from rect_lightning.solving.change_profile import BINS, HIGH, LOW, change_profile
 
 if TYPE_CHECKING:
     from rect_lightning.editors.base import Editor
@@ -77,3 +81,15 @@ def with_perplexity(editor: Editor, results: dict[str, dict[str, float]], prose:
         before = perplexity(editor.model, text, **options)
     after = perplexity(editor.model, text, **options)
     return {"before": {**results["before"], name: before}, "after": {**results["after"], name: after}}
+
+
+def relative_changes(editor: Editor) -> dict[str, Any]:
+    """How the relative changes since the clean model are distributed, a `ChangeProfile` for each edited layer that moved."""
+    layers = []
+    for layer in editor.layers:
+        weight = editor.model.weight(layer).detach()
+        clean = editor.clean[layer].to(weight.device)
+        if not torch.equal(weight, clean):
+            profile = dataclasses.asdict(change_profile(weight - clean, clean))
+            layers.append({"layer": layer, "weight": f"{editor.model.projection_name(layer)}.weight", **profile})
+    return {"log10_low": LOW, "log10_high": HIGH, "bins": BINS, "layers": layers} if layers else {}

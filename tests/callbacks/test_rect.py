@@ -49,6 +49,8 @@ def test_plain_sgd_s_gradient_is_masked_against_the_current_weight():
         assert logged[f"rect/{name}/manhattan"] == pytest.approx(float(update.abs().sum()), rel=1e-5)
         share = float((update.abs() / before[name].abs() > 0.171).float().mean())
         assert logged[f"rect/{name}/above_0.171"] == pytest.approx(share)
+        smallest = float((update.abs() / before[name].abs())[mask].min())
+        assert logged[f"rect/{name}/threshold"] == pytest.approx(smallest, rel=1e-5)
 
 
 OPTIMIZERS = {

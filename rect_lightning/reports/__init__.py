@@ -1,0 +1,5 @@
+"""Runs and grids as pages and figures."""
+
+from rect_lightning.reports.page import report
+
+__all__ = ["report"]

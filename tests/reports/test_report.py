@@ -1,0 +1,208 @@
+"""A report against the files that it is of."""
+
+import csv
+import importlib.util
+import re
+import shutil
+from statistics import fmean
+
+import pytest
+
+from rect_lightning import reports
+from rect_lightning.reports.content import figures
+from rect_lightning.reports.palette import DARK, LIGHT, series_colour
+from rect_lightning.reports.reading import read
+from tests.reports.samples import PROMPT, RESULTS, grid_rows, write_grid, write_run
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = write_run(tmp_path_factory.mktemp("run"))
+    reports.report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    folder = write_grid(tmp_path_factory.mktemp("grid"))
+    reports.report(folder)
+    return folder
+
+
+def text(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def data(html):
+    return {float(value) for value in re.findall(r'<data value="([^"]+)">', html)}
+
+
+def test_a_run_s_page_has_the_values_of_its_files(run):
+    html = text(run)
+    assert "<h1>8 edits by MEMIT in 2 operations, sequential, with RECT</h1>" in html
+    wanted = {value for values in RESULTS.values() for value in values.values()}
+    with (run / "side_effects.csv").open() as file:
+        wanted |= {float(line[key]) for line in csv.DictReader(file) for key in ("value", "low", "high") if line[key]}
+    assert wanted <= data(html)
+    assert {0.11, 0.21, 0.12, 0.22} <= data(html), "of metrics.csv"
+    assert "top 40\N{NARROW NO-BREAK SPACE}%: δ ≥ 0.0013" in html
+    sections = re.findall(r"<h2[^>]*>([^<]+)", html)
+    assert sections == ["Summary", "Editing", "Abilities", "Weights", "Continuations", "Origin"]
+
+
+def test_what_a_file_holds_is_no_markup(run):
+    html = text(run)
+    assert html.count("<script>") == 1, "the page's own"
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;" in html
+    assert "{{ 7 * 7 }}" in html
+    assert "&lt;b&gt;now&lt;/b&gt;" in html
+    assert PROMPT not in html
+
+
+def test_axes_values_are_no_markup_either(tmp_path):
+    evil = "</svg><script>alert(1)</script> $\\frac{1}{2}$ <b>"
+    rows = [(*row[:1], evil if row[1] == "none" else row[1], *row[2:]) for row in grid_rows(seeds=(0,))]
+    reports.report(write_grid(tmp_path, rows))
+    assert text(tmp_path).count("<script>") == 1
+    assert "<b>" not in text(tmp_path)
+
+
+def test_a_grid_is_averaged_over_seeds(grid):
+    rows = [r for r in grid_rows() if r[:2] == ("ROME", "RECT 40") and r[4:6] == ("after", "efficacy/probability")]
+    values = [row[6] for row in rows]
+    assert len(values) == 3
+    results = read(grid)
+    assert results.axes == ("editor", "regulariser")
+    [mean] = [row for row in results.of("after", "efficacy/probability") if row.cell == ("ROME", "RECT 40")]
+    assert mean.value == pytest.approx(fmean(values))
+    assert mean.high - mean.low == pytest.approx(
+        2 * 4.302653 * (sum((v - fmean(values)) ** 2 for v in values) / 6) ** 0.5
+    )
+    assert mean.value in data(text(grid))
+    assert "means over 3 seeds" in text(grid)
+    assert "95 % t intervals" in text(grid)
+
+
+def test_ability_kept_is_the_mean_share_of_main_scores(tmp_path):
+    def row(seed, edits, name, value):
+        return "RECT", seed, edits, "task", name, value, "", "", "", ""
+
+    rows = [
+        row(0, 0, "a/paper", 0.1), row(0, 8, "a/paper", 0.1), row(0, 0, "a/exact", 0.5), row(0, 8, "a/exact", 0.4),
+        row(0, 0, "b/option", 0.0), row(0, 8, "b/option", 0.3), row(0, 0, "perplexity/x", 20), row(0, 8, "perplexity/x", 40),
+    ]  # fmt: skip
+    columns = ["regulariser", "seed", "edits", "source", "name", "value", "low", "high", "n", "unparseable"]
+    [kept] = read(write_grid(tmp_path, rows, columns)).of("kept")
+    assert kept.value == pytest.approx((0.4 / 0.5 + 20 / 40) / 2)
+    assert kept.n == 2
+
+
+def test_the_trade_off_has_a_point_a_regulariser(grid):
+    figure = figures(read(grid))[0]
+    assert figure.name == "score-and-ability"
+    assert [panel.title for panel in figure.panels] == ["ROME", "MEMIT"]
+    assert [series.label for series in figure.panels[0].series] == ["none", "RECT 40", "RECT 20", "Random 40"]
+
+
+def test_what_was_not_measured_is_left_out(run, tmp_path):
+    for name in ("config.yaml", "metrics.json"):
+        shutil.copy(run / name, tmp_path)
+    reports.report(tmp_path)
+    assert re.findall(r"<h2[^>]*>([^<]+)", text(tmp_path)) == ["Summary", "Editing", "Origin"]
+    assert "nan" not in text(tmp_path)
+
+
+def test_the_same_files_make_the_same_page(run):
+    before = text(run)
+    reports.report(run)
+    assert text(run) == before
+
+
+def test_figures_for_papers(run, tmp_path):
+    reports.report(run, output=tmp_path / "page.html", figures=tmp_path / "figures")
+    names = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert names == {figure.name for figure in figures(read(run))}
+    for name in names:
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert "var(--" not in (tmp_path / "figures" / f"{name}.svg").read_text()
+
+
+def test_ids_are_unique_and_what_refers_to_them_is_there(run, grid):
+    for html in (text(run), text(grid)):
+        ids = re.findall(r'\sid="([^"]+)"', html)
+        assert len(ids) == len(set(ids))
+        named = (
+            re.findall(r'(?:href="#|url\(#|for=")([^")]+)', html)
+            + " ".join(re.findall(r'aria-labelledby="([^"]+)"', html)).split()
+        )
+        assert set(named) <= set(ids)
+
+
+def test_a_page_asks_for_nothing(run):
+    html = text(run)
+    assert "default-src 'none'" in html
+    assert not re.findall(r'(?:src|href)="(?!#)[^"]*"', html)
+    assert not re.findall(r"@import|url\((?!#)", html)
+
+
+def test_colours_can_be_read():
+    def light(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    for colours in (LIGHT, DARK):
+        for name in ("ink", "muted", "accent", "reference", *(series_colour(i) for i in range(6))):
+            for ground in ("paper", "panel"):
+                dark, bright = sorted((light(colours[name]), light(colours[ground])))
+                assert (bright + 0.05) / (dark + 0.05) >= 4.5, (name, ground)
+    assert LIGHT.keys() == DARK.keys()
+    assert len(set(LIGHT.values())) == len(LIGHT), "each is replaced by its own variable"
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+def test_folders_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        reports.report(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"neither a run folder.*config\.yaml.*table\.csv"):
+        reports.report(tmp_path)
+    (tmp_path / "config.yaml").write_text("{}")
+    with pytest.raises(ValueError, match="nothing to report"):
+        reports.report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "provenance.json", "relative_change.json", "samples.json"])
+def test_a_broken_file_is_named_and_an_old_page_stays(tmp_path, name):
+    write_run(tmp_path)
+    (tmp_path / "report.html").write_text("old")
+    (tmp_path / name).write_text((tmp_path / name).read_text()[:-5])
+    with pytest.raises(ValueError, match=rf"{name} is broken"):
+        reports.report(tmp_path)
+    assert text(tmp_path) == "old"
+
+
+def test_a_broken_table_is_told_by_line(tmp_path):
+    lines = [list(row) for row in grid_rows(seeds=(0,))]
+    lines[3][6] = "much"
+    with pytest.raises(ValueError, match=r"table\.csv, line 5: value should be a number and is 'much'"):
+        read(write_grid(tmp_path, lines))
+    with pytest.raises(ValueError, match="the last columns should be edits, source"):
+        read(write_grid(tmp_path, [], ["editor", "value"]))
+
+
+def test_a_folder_as_output_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        reports.report(run, output=tmp_path)
+
+
+def test_what_is_missing_names_the_extra(run, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"jinja2 and matplotlib: pip install 'rect_lightning\[report\]'"):
+        reports.report(run)
