@@ -215,8 +215,8 @@ def main(args: ArgsType = None) -> None:
         parser_kwargs={
             "prog": "python -m rect_lightning",
             "description": "Edit language models, and measure what the edits did and what they harmed.",
-            "epilog": f"Besides: {', '.join(COMMANDS)}, for edited models and pages; `export --help`. And experiment, for grids "
-            "of fits; `experiment --help`.",
+            "epilog": f"Besides: {', '.join(COMMANDS)}, for edited models and pages; `export --help`. And experiment, for "
+            "grids of fits; `experiment --help`.",
         },
         args=args,
     )

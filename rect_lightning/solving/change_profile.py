@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rect_lightning.solving.relative_change import largest, relative_change
+from rect_lightning.solving.spectrum import frobenius_norm
 
 LOW, HIGH, BINS = -8.0, 4.0, 120
 """The bins of log10 δ: a tenth of a decade each."""
@@ -62,17 +63,11 @@ def change_profile(update: Tensor, weight: Tensor, keeps: tuple[float, ...] = (0
         counts=counts.tolist(),
         above=above,
         thresholds={keep: value if math.isfinite(value) else None for keep, value in smallest.items()},
-        norm=_norm(update),
-        weight_norm=_norm(weight),
+        norm=frobenius_norm(update),
+        weight_norm=frobenius_norm(weight),
     )
 
 
 def smallest_kept(delta: Tensor, mask: Tensor) -> float:
     """The smallest δ in a mask, infinite where the mask is empty."""
     return float(torch.where(mask, delta, torch.inf).amin())
-
-
-def _norm(matrix: Tensor) -> float:
-    # row by row, then in fp64, as in change_statistics
-    rows = torch.linalg.vector_norm(matrix.float(), dim=-1)
-    return float(rows.cpu().double().norm())
