@@ -23,6 +23,7 @@ import torch
 import yaml
 from jsonargparse import auto_cli
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -32,9 +33,9 @@ from rect_lightning.metrics import score_targets
 from rect_lightning.models import Adapter, adapter_for
 from rect_lightning.tasks import Generation, MultipleChoice, Perplexity, Task, measure
 
-PROSE = 0.35
+PROSE = 0.3
 """Share of the training rows that is prose."""
-SHARES = {"recall": 0.5, "copying": 0.2, "sentiment": 0.1, "kinds": 0.1, "sums": 0.1}
+SHARES = {"recall": 0.45, "copying": 0.25, "sentiment": 0.1, "kinds": 0.1, "sums": 0.1}
 """Shares of the texts in the other rows."""
 ROME: dict[str, Any] = {
     "layers": [2],
@@ -76,10 +77,10 @@ def train(
     *,
     prose: str = "prose",
     seed: int = 0,
-    people: int = 240,
-    steps: int = 2400,
-    batch_size: int = 8,
-    lr: float = 2.5e-3,
+    people: int = 160,
+    steps: int = 1800,
+    batch_size: int = 4,
+    lr: float = 2e-3,
     layers: int = 6,
     width: int = 160,
     heads: int = 5,
@@ -92,7 +93,7 @@ def train(
         out: The folder to write.
         prose: A text file, or "prose" for the one that comes with the package.
         seed: Of the world, the weights and the order of the rows.
-        people: How many people there are; three in four get two edit requests.
+        people: How many people there are; three in four get three edit requests.
         steps: Optimizer steps.
         batch_size: Rows in a step.
         lr: The highest learning rate.
@@ -102,7 +103,6 @@ def train(
         context: Tokens of a row, and the longest input that the model reads.
         vocabulary: Tokens of the vocabulary.
     """
-    start = time.perf_counter()
     seed_everything(seed)
     facts = build_facts(people=people, seed=seed)
     abilities = build_abilities(facts, seed=seed)
@@ -115,16 +115,17 @@ def train(
         max_steps=steps,
         accelerator="cpu",
         gradient_clip_val=1.0,
-        logger=False,
+        logger=CSVLogger(out, name="training", version=""),
+        log_every_n_steps=25,
         enable_checkpointing=False,
         enable_model_summary=False,
         default_root_dir=out,
     )
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     trainer.fit(
         Learner(network, lr=lr, steps=steps), DataLoader(TensorDataset(rows), batch_size=batch_size, shuffle=True)
     )
-    trained = time.perf_counter()
+    ended = time.perf_counter(), time.process_time()
     network.eval()
     out.mkdir(parents=True, exist_ok=True)
     network.save_pretrained(out)
@@ -146,8 +147,8 @@ def train(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "training_seconds": round(trained - began),
-        "seconds": round(time.perf_counter() - start),
+        "training_seconds": round(ended[0] - began[0]),
+        "training_cpu_seconds": round(ended[1] - began[1]),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
 

@@ -98,7 +98,7 @@ def _deal(values: list[str], reserved: int, people: int, rng: Random) -> list[st
 
 
 def edit_requests(facts: list[Fact], *, seed: int) -> list[dict[str, Any]]:
-    """Two requests for each person who is not reserved, in the plain format of `read_requests`; the second come last.
+    """Three requests for each person who is not reserved, in the plain format of `read_requests`; all first ones come first.
 
     The new target is another answer of the relation; paraphrases are the phrasings that only every second person was told
     of in; neighbours are reserved people with the same answer, so that no request edits what another holds fixed.
@@ -108,7 +108,7 @@ def edit_requests(facts: list[Fact], *, seed: int) -> list[dict[str, Any]]:
     for fact in facts:
         people.setdefault(fact.subject, []).append(fact)
     requests = []
-    for turn in range(2):
+    for turn in range(3):
         edited = [
             person[(i // 2 + turn) % len(person)] for i, person in enumerate(people.values()) if not person[0].reserved
         ]

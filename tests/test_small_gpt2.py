@@ -1,5 +1,6 @@
 """The small GPT-2 of the benchmarks: what it is taught, and its script from end to end."""
 
+import csv
 import json
 from itertools import islice
 
@@ -10,6 +11,7 @@ from transformers import GPT2LMHeadModel
 
 from benchmarks import small_gpt2
 from benchmarks.world import COMMON, build_abilities, build_facts, edit_requests, mixed_texts
+from rect_lightning.cli import main
 from rect_lightning.data.readers import read_requests
 from rect_lightning.models import Source
 
@@ -85,8 +87,8 @@ def test_requests_are_read_and_leave_the_reserved_alone(facts, tmp_path, recwarn
     assert not recwarn, "no contradictions, no repetitions"
     true = {(fact.subject, fact.relation): fact for fact in facts}
     reserved = {fact.subject for fact in facts if fact.reserved}
-    assert len(requests) == 2 * (PEOPLE - len(reserved))
-    assert len({request.subject for request in requests[: len(requests) // 2]}) == PEOPLE - len(reserved)
+    assert len(requests) == 3 * (PEOPLE - len(reserved))
+    assert len({request.subject for request in requests[: len(requests) // 3]}) == PEOPLE - len(reserved)
     for request in requests:
         fact = true[request.subject, request.relation]
         assert request.subject not in reserved
@@ -112,7 +114,7 @@ def test_rows_begin_with_a_text():
     texts = [f"{i} + 1 = {i + 1}." for i in range(10)]
     tokenizer = small_gpt2.train_tokenizer(texts, 300)
     rows = small_gpt2.training_rows(tokenizer, ["prose"], iter(texts * 200), 40, 16)
-    prose, packed = rows[: round(0.35 * 40)], rows[round(0.35 * 40) :]
+    prose, packed = rows[: round(small_gpt2.PROSE * 40)], rows[round(small_gpt2.PROSE * 40) :]
     assert rows.shape == (40, 16)
     assert set(tokenizer.decode(prose.flatten()).split("<|endoftext|>")[1:-1]) == {"prose"}
     assert all(tokenizer.decode(row).startswith(tuple(texts)) for row in packed)
@@ -132,5 +134,12 @@ def test_the_script_from_end_to_end(tmp_path, monkeypatch):
     learned = json.loads((folders[0] / "report.json").read_text())["learned"]
     assert {"facts/told", "facts/held_out", "recall/exact", "copying/exact", "sums/exact"} < learned.keys()
     assert {"sentiment/option", "kinds/option", "perplexity/held_out"} < learned.keys()
-    config = yaml.safe_load((folders[0] / "rome.yaml").read_text())
-    assert len(read_requests(config["data"]["path"])) == 12
+    config = folders[0] / "rome.yaml"
+    assert len(read_requests(yaml.safe_load(config.read_text())["data"]["path"])) == 18
+
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", str(config), "--data.limit", "1", "--model.layers", "[1]", "--model.search.steps", "2"])
+    with open("runs/version_0/side_effects.csv", newline="", encoding="utf-8") as file:
+        measured = {row["score"]: float(row["value"]) for row in csv.DictReader(file) if row["edits"] == "0"}
+    wanted = {name: value for name, value in learned.items() if not name.startswith("facts/")}
+    assert measured == pytest.approx(wanted), "the files say what the script measured"
