@@ -135,12 +135,11 @@ def _request(fact: Fact, alike: list[Fact], rng: Random) -> dict[str, Any]:
     }
 
 
-def build_abilities(facts: list[Fact], *, seed: int) -> list[Ability]:
-    """Recall of facts that no request edits, copying, sentiment, kinds of things, and sums."""
+def build_abilities(facts: list[Fact]) -> list[Ability]:
+    """Recall of facts that no request edits, sentiment, kinds of things, and sums."""
     world = _read()
     return [
         _recall(facts),
-        _copying(world["words"], Random(seed)),
         _sentiment(**world["reviews"]),
         _kinds(world["kinds"]),
         _sums(),
@@ -174,25 +173,6 @@ def _recall(facts: list[Fact]) -> Ability:
         options={"prompt": "{prompt}", "stop": ["."], "max_new_tokens": 8},
         texts=texts,
         records=[{"prompt": f.told[0].format(f.subject), "answer": f.answer} for f in facts if f.reserved],
-    )
-
-
-def _copying(words: list[str], rng: Random, asked: int = 200) -> Ability:
-    """Three words in a row, of which those that are asked never occur in training."""
-    kept = {tuple(rng.sample(words, 3)): None for _ in range(asked)}
-
-    def texts(rng: Random) -> Iterator[str]:
-        while True:
-            drawn = tuple(rng.sample(words, 3))
-            if drawn not in kept:
-                yield f"Repeat: {' '.join(drawn)}. Again: {' '.join(drawn)}."
-
-    return Ability(
-        name="copying",
-        task="Generation",
-        options={"prompt": "Repeat: {answer}. Again:", "stop": ["."], "max_new_tokens": 12},
-        texts=texts,
-        records=[{"answer": " ".join(drawn)} for drawn in kept],
     )
 
 

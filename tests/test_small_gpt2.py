@@ -25,7 +25,7 @@ def facts():
 
 @pytest.fixture(scope="module")
 def abilities(facts):
-    return {ability.name: ability for ability in build_abilities(facts, seed=0)}
+    return {ability.name: ability for ability in build_abilities(facts)}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_a_seed_gives_one_world(facts):
     assert build_facts(people=PEOPLE, seed=1) != facts
     assert edit_requests(facts, seed=0) == edit_requests(facts, seed=0)
     first, second, other = (
-        [*islice(mixed_texts(build_abilities(facts, seed=0), small_gpt2.SHARES, seed=seed), 200)] for seed in (0, 0, 1)
+        [*islice(mixed_texts(build_abilities(facts), small_gpt2.SHARES, seed=seed), 200)] for seed in (0, 0, 1)
     )
     assert first == second != other
 
@@ -70,10 +70,9 @@ def test_facts_are_told_as_they_are_and_not_as_they_are_held_out(facts, told):
 
 def test_what_abilities_are_asked_on_held_out_records_is_never_told(abilities, told):
     text = "\n".join(told)
-    for name, prompt in (("copying", "Repeat: {answer}."), ("sentiment", "{text}")):
-        records = abilities[name].records
-        assert len(records) == 200
-        assert not any(prompt.format_map(record) in text for record in records)
+    reviews = abilities["sentiment"].records
+    assert len(reviews) == 200
+    assert not any(review["text"] in text for review in reviews)
     things = abilities["kinds"].records
     never = [record["thing"] for record in things if f"Everyone knows that the {record['thing']} is" not in text]
     assert never == [record["thing"] for record in things[::2]]
@@ -132,7 +131,7 @@ def test_the_script_from_end_to_end(tmp_path, monkeypatch):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert tokenizer.decode(tokenizer("Ada speaks Latin.")["input_ids"]) == "Ada speaks Latin."
     learned = json.loads((folders[0] / "report.json").read_text())["learned"]
-    assert {"facts/told", "facts/held_out", "recall/exact", "copying/exact", "sums/exact"} < learned.keys()
+    assert {"facts/told", "facts/held_out", "recall/exact", "sums/exact"} < learned.keys()
     assert {"sentiment/option", "kinds/option", "perplexity/held_out"} < learned.keys()
     config = folders[0] / "rome.yaml"
     assert len(read_requests(yaml.safe_load(config.read_text())["data"]["path"])) == 18
