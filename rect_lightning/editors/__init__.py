@@ -1,7 +1,8 @@
 """Editing methods, one file each, as LightningModules."""
 
 from rect_lightning.editors.base import Editor
+from rect_lightning.editors.fine_tuning import FineTuning
 from rect_lightning.editors.memit import MEMIT
 from rect_lightning.editors.rome import ROME
 
-__all__ = ["MEMIT", "ROME", "Editor"]
+__all__ = ["MEMIT", "ROME", "Editor", "FineTuning"]
