@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from rect_lightning.checkpoint_io import KEY, read_checkpoint
+from rect_lightning.checkpoint_io import KEY, read_edits
 from rect_lightning.durable import whole_folder
 from rect_lightning.models.fingerprint import weights_fingerprint
 from rect_lightning.models.source import Source
@@ -50,7 +50,7 @@ def load_edited(path: str | Path, *, base: "str | Path | Source | PreTrainedMode
         _check_base(network, patch.base, patch.provenance, what=path)
         patch.toggle(_weights(network))
         return network
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_edits(path)
     network = _base(checkpoint[KEY], base)[0]
     _check_base(network, checkpoint[KEY]["fingerprint"], checkpoint[KEY], what=path)
     _put(_weights(network), _edited_weights(checkpoint))
@@ -83,7 +83,7 @@ def export(
     """
     _check_free(to)
     checkpoint = of_run(checkpoint)
-    loaded = read_checkpoint(checkpoint)
+    loaded = read_edits(checkpoint)
     told = loaded[KEY]
     network, tokenizer = _base(told, base)
     _check_base(network, told["fingerprint"], told, what=checkpoint)

@@ -63,3 +63,21 @@ def negative_log_likelihood(adapter: Adapter, states: Tensor, places: Places) ->
     logits = adapter.logits(states[places.row, places.column]).float()
     log_probs = logits.gather(1, places.token[:, None])[:, 0] - logits.logsumexp(-1)
     return logits.new_zeros(len(states)).index_add(0, places.row, -places.share * log_probs)
+
+
+def divergence(adapter: Adapter, before: Tensor, after: Tensor, lengths: Sequence[int]) -> Tensor:
+    """``KL(before ‖ after)`` of the next token, the mean over each row's tokens, in nats and fp32, ``[rows]``.
+
+    Args:
+        adapter: The model, for its vocabulary head.
+        before: Normalised hidden states, ``[rows, columns, width]``.
+        after: Those of the changed model.
+        lengths: The tokens of each row, which start in the first column.
+    """
+    length = torch.tensor(lengths, device=after.device)
+    row, column = (torch.arange(after.shape[1], device=after.device) < length[:, None]).nonzero().unbind(1)
+    with torch.no_grad():
+        reference = adapter.logits(before[row, column]).float().log_softmax(-1)
+    now = adapter.logits(after[row, column]).float().log_softmax(-1)
+    kl = (reference.exp() * (reference - now)).sum(-1)
+    return kl.new_zeros(len(after)).index_add(0, row, kl / length[row])
