@@ -5,18 +5,22 @@ import shlex
 
 import pytest
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rect_lightning.callbacks import RECT
 from rect_lightning.cli import configs_folder
 from rect_lightning.data import EditData
-from rect_lightning.editors import MEMIT, ROME, Editor, FineTuning
+from rect_lightning.editors import MEMIT, MEND, ROME, FineTuning, MENDTraining
 
 FILES = sorted(configs_folder().glob("*.yaml"))
 MODELS = ("gpt2xl", "gptj-6b", "llama-7b", "llama2-7b", "llama3-8b", "qwen2.5-7b", "mistral-7b", "smollm2")
 FEWER_MODELS = ("gpt2xl", "llama2-7b", "llama3-8b", "smollm2")
-METHODS = {"memit": MEMIT, "rome": ROME, "ft": FineTuning, "ft-l": FineTuning, "ft-m": FineTuning}
+METHODS = {"memit": MEMIT, "rome": ROME, "ft": FineTuning, "ft-l": FineTuning, "ft-m": FineTuning} | {
+    "mend": MEND,
+    "train_mend": MENDTraining,
+}
 every_config = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
@@ -26,7 +30,7 @@ def parser():
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(Trainer, "trainer", instantiate=False)
     # callbacks alone, since building a Trainer asks for the device
-    parser.add_lightning_class_args(Editor, "model", subclass_mode=True)
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(EditData, "data")
     return parser
 
@@ -52,11 +56,15 @@ def test_fits_the_signatures(path, parser):
     method = METHODS[path.stem.rpartition("_")[0]]
     assert type(built.model) is method
     assert built.model.adapter is None, "building an editor loads no model"
-    assert built.data.batch_size == 1 or method is MEMIT
+    assert built.data.batch_size == 1 or method in (MEMIT, MENDTraining)
     assert built.data.batch_size >= 1
     callbacks = config.trainer.callbacks
-    assert [type(callback) for callback in built.trainer.callbacks] == [RECT]
-    assert callbacks[0].init_args.keep == 0.4
+    if method is MENDTraining:
+        assert [type(callback) for callback in built.trainer.callbacks] == [EarlyStopping]
+        assert built.data.held_out > 0
+    else:
+        assert [type(callback) for callback in built.trainer.callbacks] == [RECT]
+        assert callbacks[0].init_args.keep == 0.4
     assert built.model.layers == sorted(set(built.model.layers))
     assert len(built.model.layers) == 1 or method is not ROME
 
@@ -83,7 +91,7 @@ def test_opens_with_the_exact_commands(path, parser):
     opening, _ = comments(path)
     commands = [shlex.split(line, comments=True) for line in opening if line.startswith("python ")]
     assert ["python", "-m", "rect_lightning", "fit", "--config", path.name] in commands
-    assert any("--trainer.callbacks null" in " ".join(command) for command in commands)
+    assert path.stem.startswith("train_") or any("--trainer.callbacks null" in " ".join(c) for c in commands)
     for python, m, module, subcommand, *arguments in commands:
         assert (python, m, module) == ("python", "-m", "rect_lightning")
         assert subcommand in ("fit", "validate", "test", "predict", "moments")
