@@ -53,7 +53,8 @@ class MENDTraining(LightningModule):
     edit runs once, and the edit is added as factors to what the down projections give.
 
     The data's last ``held_out`` requests are validated with and never trained on. `best.ckpt` is the one with the lowest
-    validation loss, and what `MEND` wants. Requests come in the same order in each epoch.
+    validation loss, and what `MEND` wants; this ModelCheckpoint takes the place of any that the Trainer has. Requests come in
+    the same order in each epoch.
 
     Args:
         base: The model that is to be edited.

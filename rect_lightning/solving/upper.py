@@ -42,7 +42,7 @@ class Lower:
 
 
 @torch.no_grad()
-def run_lower(adapter: Adapter, rows: Sequence[Sequence[int]], layer: int, *, budget: int = 4096) -> list[Lower]:
+def run_lower(adapter: Adapter, rows: Sequence[Sequence[int]], layer: int, *, budget: int = 1024) -> list[Lower]:
     """Run token rows up to a layer, in batches of like length and at most ``budget`` padded tokens each."""
     keys: list[Tensor] = []
     handle = adapter.projection(layer).register_forward_hook(lambda _module, args, _output: keys.append(args[0]))
