@@ -53,7 +53,8 @@ class MENDTraining(LightningModule):
     edit runs once, and the edit is added as factors to what the down projections give.
 
     The data's last ``held_out`` requests are validated with and never trained on. `best.ckpt` is the one with the lowest
-    validation loss, and what `MEND` wants; this ModelCheckpoint takes the place of any that the Trainer has. Requests come in
+    validation loss, and what `MEND` wants. `last.ckpt` is that of the
+    last validation. These take the place of any ModelCheckpoint that the Trainer has. Requests come in
     the same order in each epoch.
 
     Args:
@@ -121,7 +122,12 @@ class MENDTraining(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Keep the hypernetwork with the lowest validation loss, and the last one."""
-        return [ModelCheckpoint(monitor="val/loss", filename="best", save_last=True, enable_version_counter=False)]
+        # a last one of its own: `save_last` waits for the next best
+        options: dict[str, Any] = {"enable_version_counter": False}
+        return [
+            ModelCheckpoint(monitor="val/loss", filename="best", **options),
+            ModelCheckpoint(filename="last", **options),
+        ]
 
     def configure_model(self) -> None:
         """Load the base model and build the hypernetwork, once."""
