@@ -81,6 +81,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def read_edits(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint that holds edited weights.
+
+    Raises:
+        FileNotFoundError: There is none.
+        IsADirectoryError: It is a folder.
+        ValueError: It is truncated, damaged or foreign, or holds a hypernetwork.
+    """
+    checkpoint = read_checkpoint(path)
+    if "hypernetwork" in checkpoint[KEY]:
+        raise ValueError(
+            f"{path} holds a hypernetwork, which makes edits, and no edited weights: edit by MEND with it first."
+        )
+    return checkpoint
+
+
 def _is_plain(file: Any) -> bool:
     """Whether a file of torch's holds nothing but what can be loaded again."""
     try:

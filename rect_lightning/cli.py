@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
@@ -113,7 +113,7 @@ class EditCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Measure, where a resumed run had only that left to do."""
-        if self.model.operations and not self.model.results["after"]:
+        if isinstance(self.model, Editor) and self.model.operations and not self.model.results["after"]:
             self.trainer.validate(self.model, datamodule=self.datamodule)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -189,7 +189,7 @@ def main(args: ArgsType = None) -> None:
         _command(words[0], words[1:])
         return
     EditCLI(
-        Editor,
+        LightningModule,
         EditData,
         trainer_class=EditTrainer,
         parser_class=EditParser,

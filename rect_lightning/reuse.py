@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from rect_lightning.checkpoint_io import KEY, read_checkpoint
+from rect_lightning.checkpoint_io import KEY, read_edits
 from rect_lightning.durable import whole_folder
 from rect_lightning.models.fingerprint import weights_fingerprint
 from rect_lightning.models.source import Source
@@ -88,7 +88,7 @@ def load_pair(path: str | Path, *, base: "str | Path | Source | PreTrainedModel 
         clean = _copies(network, patch.changes)
         patch.toggle(_weights(network))
         return Pair(network, tokenizer, clean)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_edits(path)
     network, tokenizer = _base(checkpoint[KEY], base)
     _check_base(network, checkpoint[KEY]["fingerprint"], checkpoint[KEY], what=path)
     edited = _edited_weights(checkpoint)
@@ -123,7 +123,7 @@ def export(
     """
     _check_free(to)
     checkpoint = of_run(checkpoint)
-    loaded = read_checkpoint(checkpoint)
+    loaded = read_edits(checkpoint)
     told = loaded[KEY]
     network, tokenizer = _base(told, base)
     _check_base(network, told["fingerprint"], told, what=checkpoint)

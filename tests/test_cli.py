@@ -592,3 +592,59 @@ def test_names_of_tasks_on_the_command_line(here, capsys):
     assert callback["init_args"]["tasks"] == ["gsm8k", "rte"]
     with pytest.raises(ValueError, match="did you mean gsm8k"):
         main([*words, f"{side}.tasks", "[gsm8]"])
+
+
+# Modules that are no editor ------------------------------------------------------------------------------------------
+
+
+def test_a_hypernetwork_is_trained_and_then_edits(here, monkeypatch, capsys):
+    neighbours = [{"prompt": "You know Spain", "answer": "so"}]
+    records = [
+        {"subject": subject, "prompt": f"The {relation} of {{}}", "target_new": "is", "neighbours": neighbours}
+        for subject in ("Paris", "Madrid", "LeBron James")
+        for relation in ("city", "sport")
+    ]
+    (here / "facts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = yaml.safe_load((here / "tiny.yaml").read_text())
+    base = config["model"]["init_args"]["base"]
+    options = {"base": base, "layers": [2, 3]}
+    config["trainer"] |= {
+        "max_epochs": 3,
+        "callbacks": [
+            {
+                "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+                "init_args": {"monitor": "val/loss", "strict": False},
+            }
+        ],
+    }
+    config["data"] |= {"held_out": 2}
+    config["model"] = {
+        "class_path": "rect_lightning.editors.MENDTraining",
+        "init_args": options | {"rank": 4, "edit_lr": 0.1},
+    }
+    (here / "train.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "train.yaml", "--trainer.max_epochs", "2"])
+    run = newest(here)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt", "running.ckpt"]
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    assert len([row for row in rows if row["train/loss"]]) == 4
+    assert len([row for row in rows if row["val/loss"]]) == 2
+    main(["fit", "--config", "train.yaml", "--ckpt_path", "last"])  # the third epoch
+    rows = list(csv.DictReader((newest(here) / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows if row["train/loss"]] == ["2", "2"]
+
+    best = newest(here) / "checkpoints" / "best.ckpt"
+    config["data"] |= {"held_out": 0, "batch_size": 3}
+    config["trainer"] = {"accelerator": "cpu", "enable_progress_bar": False}
+    config["model"] = {
+        "class_path": "rect_lightning.editors.MEND",
+        "init_args": options | {"checkpoint": str(best), "prose": None},
+    }
+    (here / "mend.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "mend.yaml"])
+    assert "6 edits by MEND in 2 operations" in capsys.readouterr().out
+    main(["validate", "--config", "mend.yaml", "--ckpt_path", str(newest(here) / "checkpoints" / "last.ckpt")])
+
+    monkeypatch.setattr("rect_lightning.models.Source.load", no_model)
+    with pytest.raises(ValueError, match="hypernetwork for the layers"):
+        main(["fit", "--config", "mend.yaml", "--model.layers", "[1]"])

@@ -5,18 +5,35 @@ import shlex
 
 import pytest
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rect_lightning.callbacks import RECT
 from rect_lightning.data import EditData
-from rect_lightning.editors import EMMET, KN, MEMIT, ROME, AlphaEdit, Editor, UltraEdit
+from rect_lightning.editors import (
+    EMMET,
+    KN,
+    MEMIT,
+    MEND,
+    ROME,
+    AlphaEdit,
+    FineTuning,
+    MENDTraining,
+    UltraEdit,
+)
 from rect_lightning.shipped import configs_folder
 
 FILES = sorted(configs_folder().glob("*.yaml"))
 MODELS = ("gpt2xl", "gptj-6b", "llama-7b", "llama2-7b", "llama3-8b", "qwen2.5-7b", "mistral-7b", "smollm2")
 FEWER_MODELS = ("gpt2xl", "llama2-7b", "llama3-8b", "smollm2")
-METHODS = {"memit": MEMIT, "rome": ROME, "emmet": EMMET, "alphaedit": AlphaEdit, "ultraedit": UltraEdit, "kn": KN}
+METHODS = {"memit": MEMIT, "rome": ROME, "emmet": EMMET, "alphaedit": AlphaEdit, "ultraedit": UltraEdit, "kn": KN} | {
+    "ft": FineTuning,
+    "ft-l": FineTuning,
+    "ft-m": FineTuning,
+    "mend": MEND,
+    "train_mend": MENDTraining,
+}
 AS_PUBLISHED = ("emmet", "alphaedit", "ultraedit", "kn")  # without RECT
 every_config = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
@@ -31,7 +48,7 @@ def parser():
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(Trainer, "trainer", instantiate=False)
     # callbacks alone, since building a Trainer asks for the device
-    parser.add_lightning_class_args(Editor, "model", subclass_mode=True)
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(EditData, "data")
     return parser
 
@@ -60,7 +77,10 @@ def test_fits_the_signatures(path, parser):
     assert built.data.batch_size == 1 or method is not ROME
     assert built.data.batch_size >= 1
     assert built.model.layers == sorted(set(built.model.layers))
-    if _method(path) in AS_PUBLISHED:
+    if method is MENDTraining:
+        assert [type(callback) for callback in built.trainer.callbacks] == [EarlyStopping]
+        assert built.data.held_out > 0
+    elif _method(path) in AS_PUBLISHED:
         assert built.trainer.callbacks is None
     else:
         assert [type(callback) for callback in built.trainer.callbacks] == [RECT]
@@ -92,7 +112,7 @@ def test_opens_with_the_exact_commands(path, parser):
     assert ["python", "-m", "rect_lightning", "fit", "--config", path.name] in commands
     as_published = _method(path) in AS_PUBLISHED
     other = "--trainer.callbacks+=rect_lightning.callbacks.RECT" if as_published else "--trainer.callbacks null"
-    assert any(other in " ".join(command) for command in commands)
+    assert path.stem.startswith("train_") or any(other in " ".join(command) for command in commands)
     for python, m, module, subcommand, *arguments in commands:
         assert (python, m, module) == ("python", "-m", "rect_lightning")
         assert subcommand in ("fit", "validate", "test", "predict", "moments")

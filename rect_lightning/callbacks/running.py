@@ -43,7 +43,9 @@ class RunningCheckpoint(ModelCheckpoint):
             self._save(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save before a fit measures, which may take long."""
+        """Save before a fit measures edits, which may take long; a validation that training waits for would be left out."""
+        if pl_module.automatic_optimization:
+            return
         if trainer.state.fn == "fit" and trainer.global_step > self._step:
             self._save(trainer)
 

@@ -69,6 +69,8 @@ class Summary(Callback):
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _report(self, trainer: Trainer, pl_module: Any) -> None:
+        if not hasattr(pl_module, "measurement"):
+            return  # no editor
         results, folder = pl_module.results, trainer.log_dir  # all processes have to ask for the folder
         if not trainer.is_global_zero or not results["after"]:
             return

@@ -41,6 +41,8 @@ class EditData(LightningDataModule):
             the requests' own prompts.
         eval_batch_size: How many requests, or prompts, come in one batch of validation, test and predict. Has no
             influence on the results.
+        held_out: Keep the last so many of the selected requests out of training and validate with them alone, where a
+            hypernetwork is trained. Editors measure what they edited, and want 0.
 
     Raises:
         ValueError: If a number is out of range.
@@ -60,12 +62,14 @@ class EditData(LightningDataModule):
         seed: int = 0,
         prompts: list[str] | str | None = None,
         eval_batch_size: int = 64,
+        held_out: int = 0,
     ) -> None:
         super().__init__()
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
             ("offset", offset, 0),
+            ("held_out", held_out, 0),
             ("limit", limit, 1),
         ):
             if value is not None and value < least:
@@ -81,6 +85,7 @@ class EditData(LightningDataModule):
         self.seed = seed
         self.prompts = prompts
         self.eval_batch_size = eval_batch_size
+        self.held_out = held_out
         self._requests: list[EditRequest] = []
         self._prompts: list[str] = []
 
@@ -117,6 +122,10 @@ class EditData(LightningDataModule):
         if self._requests:
             return
         selected = self._select(self._read())
+        if self.held_out >= len(selected):
+            raise ValueError(
+                f"held_out is {self.held_out} of {len(selected)} requests, which leaves none to train on; lower it"
+            )
         _check_ids(selected, str(self.path))
         warn_of_conflicts(selected)
         self._prompts = self._read_prompts()
@@ -127,11 +136,12 @@ class EditData(LightningDataModule):
 
         Several processes are handed the same batches, whose work they share.
         """
-        return _batches(self.requests, self.batch_size)
+        return _batches(self.requests[: len(self.requests) - self.held_out], self.batch_size)
 
     def val_dataloader(self) -> DataLoader:
-        """Batches of the same requests."""
-        return _batches(self.requests, self.eval_batch_size)
+        """Batches of the same requests, or of those that are held out."""
+        # -0 is the first
+        return _batches(self.requests[-self.held_out :], self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader:
         """Batches of the same requests."""

@@ -229,7 +229,12 @@ class Editor(LightningModule, ABC):
                 f"trainer.max_steps={trainer.max_steps} counts optimizer steps, of which an edit operation makes {each}: "
                 f"the fit ends with operation {-(-trainer.max_steps // each)} at the latest, which is made whole."
             )
-        check_requests(self.model, getattr(getattr(trainer, "datamodule", None), "requests", []), wild=self.wild)
+        data = getattr(trainer, "datamodule", None)
+        if getattr(data, "held_out", 0):
+            raise ValueError(
+                "data.held_out is for training a hypernetwork; an editor measures what it edited: set it to 0."
+            )
+        check_requests(self.model, getattr(data, "requests", []), wild=self.wild)
         with self.clean_weights(), self._full_precision():
             self.prepare()
 

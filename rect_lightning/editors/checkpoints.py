@@ -48,7 +48,7 @@ def save(editor: Editor, checkpoint: dict[str, Any]) -> None:
     checkpoint["state_dict"] |= {weight_name(editor, layer): weight for layer, weight in weights.items()}
     each = editor.trainer.num_training_batches
     if 0 < each < float("inf"):
-        _rewind(checkpoint, int(editor.operations - editor.trainer.current_epoch * each) % int(each))
+        rewind(checkpoint, int(editor.operations - editor.trainer.current_epoch * each) % int(each))
     names = {weight_name(editor, layer) for layer in editor.layers}
     checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name in names}
     checkpoint[KEY] = editor.provenance() | {"sha256": None}  # for the writer to fill in, if it does
@@ -62,7 +62,7 @@ def load(editor: Editor, checkpoint: dict[str, Any]) -> None:
             from it with other data.
     """
     told = checkpoint.get(KEY)
-    if told is None:
+    if told is None or "editor" not in told:
         raise ValueError("This checkpoint is not one of an editor: it names no base model.")
     if told["fingerprint"] != editor.fingerprint:
         raise ValueError(
@@ -157,7 +157,7 @@ def _some(ids: list[str]) -> str:
     return ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")
 
 
-def _rewind(checkpoint: dict[str, Any], operations: int) -> None:
+def rewind(checkpoint: dict[str, Any], operations: int) -> None:
     """Let a resumed epoch begin after its operations that were completed: an unfinished or failed one is made again.
 
     Of a completed epoch these are none, since it is the next one that begins, also where a limit leaves out requests.

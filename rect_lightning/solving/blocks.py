@@ -244,6 +244,13 @@ def select_rows(calls: Sequence[Call], rows: Tensor, count: int) -> list[Call]:
     return [_mapped(call, pick) for call in calls]
 
 
+def without_cache(calls: Sequence[Call]) -> list[Call]:
+    """The same calls, which compute all columns anew each time and keep nothing."""
+    from transformers import Cache
+
+    return [_mapped(call, lambda x: None if isinstance(x, Cache) else x) for call in calls]
+
+
 def _mapped(call: Call, change: Callable[[Any], Any]) -> Call:
     """A call with each of its arguments changed, also inside tuples."""
     return Call(_inside(call.args, change), {name: _inside(x, change) for name, x in call.kwargs.items()})
