@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import isfinite, log10
+from statistics import fmean
 
 from rect_lightning.reports.figures import Figure, Mark, Panel, Series
 from rect_lightning.reports.results import Results, Row, lower_is_better
@@ -16,14 +19,18 @@ _REFERENCE = -1
 class Grouping:
     """Which axis tells the series of a figure apart, and which tell figures or panels apart.
 
+    Of editor and regulariser it is the one with more levels.
+
     Args:
         results: A run, or a grid averaged over seeds.
     """
 
     def __init__(self, results: Results) -> None:
-        varies = [i for i, axis in enumerate(results.axes) if len({cell[i] for cell in results.cells}) > 1]
-        named = [i for i in varies if results.axes[i] == "regulariser"]
-        self.inner = named or varies[-1:]
+        self.axes = results.axes
+        levels = [len({cell[i] for cell in results.cells}) for i in range(len(results.axes))]
+        varies = [i for i, count in enumerate(levels) if count > 1]
+        methods = [i for i in varies if results.axes[i] in ("editor", "regulariser")]
+        self.inner = [max(methods, key=lambda i: (levels[i], results.axes[i]))] if methods else varies[-1:]
         self.outer = [i for i in varies if i not in self.inner]
         self.axis = results.axes[self.inner[0]] if self.inner else ""
         self.labels = list(dict.fromkeys(self.label(cell) for cell in results.cells))
@@ -35,7 +42,7 @@ class Grouping:
 
     def group(self, cell: Sequence[str]) -> str:
         """The group that a cell is of; empty where there is but one."""
-        return " · ".join(cell[i] for i in self.outer)
+        return " · ".join(_told(self.axes[i], cell[i]) for i in self.outer)
 
     def suffix(self, group: str) -> str:
         """What tells a group's figures apart in their names."""
@@ -257,9 +264,9 @@ def _growth(results: Results, by: Grouping, group: str) -> Figure | None:
     for threshold, layers in _shares_above(results).items():
         told = {"x_label": "edits", "y_label": f"share of entries with δ > {threshold}", "share": True}
         if by.inner:
-            for layer, rows in sorted(layers.items()):
-                series = [_line(label, style, own) for label, style, own in by.split(rows, group)]
-                panels.append(_lines(f"Layer {layer}, δ > {threshold}", series, told))
+            rows = _mean_over_layers(layers.values())
+            series = [_line(label, style, own) for label, style, own in by.split(rows, group)]
+            panels.append(_lines(f"δ > {threshold}", series, told))
         else:
             series = [_line(f"layer {n}", i, rows) for i, (n, rows) in enumerate(sorted(layers.items()))]
             panels.append(_lines(f"δ > {threshold}", series, told))
@@ -267,9 +274,17 @@ def _growth(results: Results, by: Grouping, group: str) -> Figure | None:
         name=_slug("growth", by.suffix(group)),
         section="Weights",
         title=_titled("How far the weights have moved", group),
-        caption="The share of a weight's entries whose relative change since the clean model, |ΔW/W|, is above δ.",
+        caption="The share of the edited weights' entries whose relative change since the clean model, |ΔW/W|, is above δ.",
         panels=tuple(panel for panel in panels if max((len(s.x) for s in panel.series), default=0) > 1),
     )
+
+
+def _mean_over_layers(layers: Iterable[Sequence[Row]]) -> list[Row]:
+    """All layers' weights are of one size, so the mean is the share of all their entries."""
+    found: dict[tuple[tuple[str, ...], int | None], list[Row]] = {}
+    for row in itertools.chain.from_iterable(layers):
+        found.setdefault((row.cell, row.edits), []).append(row)
+    return [replace(rows[0], value=fmean(row.value for row in rows)) for rows in found.values()]
 
 
 def _lines(title: str, series: Iterable[Series], told: dict) -> Panel:
@@ -277,26 +292,30 @@ def _lines(title: str, series: Iterable[Series], told: dict) -> Panel:
 
 
 def _layers(results: Results, by: Grouping, group: str) -> Figure | None:
-    """Of a grid, layers by regulariser."""
+    """Of a grid, a row a series and a column a layer."""
     if not by.inner:
         return None
     panels = []
     for threshold, layers in _shares_above(results).items():
-        labels = [label for label in by.labels if by.split((r for rows in layers.values() for r in rows), group)]
-        series = []
-        for layer, rows in sorted(layers.items()):
-            last = [max(own, key=lambda row: row.edits or 0) for _, _, own in by.split(rows, group)]
-            x = tuple(float(labels.index(by.label(row.cell))) for row in last)
-            series.append(Series(label=f"layer {layer}", style=0, x=x, y=tuple(row.value for row in last)))
-        series = [row for row in series if row.x]
+        own = {layer: rows for layer, rows in sorted(layers.items()) if any(by.group(r.cell) == group for r in rows)}
+        last = [
+            (label, column, max(rows, key=lambda row: row.edits or 0).value)
+            for column, layer_rows in enumerate(own.values())
+            for label, _, rows in by.split(layer_rows, group)
+        ]
+        series = [
+            Series(label=label, style=0, x=tuple(float(x) for n, x, _ in last if n == label),
+                   y=tuple(y for n, _, y in last if n == label))
+            for label in by.labels if any(n == label for n, *_ in last)
+        ]  # fmt: skip
         if series:
             panels.append(
                 Panel(
                     kind="heat",
                     title=f"δ > {threshold}",
-                    x_label=by.axis,
+                    x_label="layer",
                     y_label="share of entries",
-                    ticks=tuple(labels),
+                    ticks=tuple(map(str, own)),
                     series=tuple(series),
                     percent=True,
                 )
@@ -398,6 +417,13 @@ def _extent(results: Results, width: int) -> tuple[int, int]:
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
+
+
+def _told(axis: str, level: str) -> str:
+    """A level that does not speak for itself, with its axis."""
+    if level == "none":
+        return f"no {axis}"
+    return f"{axis} {level}" if re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", level) else level
 
 
 def _titled(title: str, group: str) -> str:

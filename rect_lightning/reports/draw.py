@@ -254,8 +254,8 @@ def _points(axes: Any, panel: Panel) -> None:
     for s, (x, y) in zip(panel.series, taken, strict=True):
         w, h = _text_width(s.label), 12.0
         beside = [(x + 9, y - 4), (x + 6, y + 6), (x + 6, y - 15), (x - w, y + 6), (x - w, y - 15), (x - 9 - w, y - 4)]
-        choices = [*beside, (x - w / 2, y + 12), (x - w / 2, y - 22)]
-        fits = [c for c in choices if c[0] > -30 and c[0] + w < width + 12]
+        choices = [*beside, (x - w / 2, y + 12), (x - w / 2, y - 22), (x + 9, y + 14), (x + 9, y - 24)]
+        fits = [c for c in choices if c[0] > 0 and c[0] + w < width + 12]
         free = [c for c in fits if not any(_overlap((*c, c[0] + w, c[1] + h), box) for box in boxes)]
         at = (free or fits or choices)[0]
         boxes.append((*at, at[0] + w, at[1] + h))

@@ -6,10 +6,11 @@ import base64
 import hashlib
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rect_lightning.durable import whole_file
@@ -161,11 +162,34 @@ def _cells(results: Results) -> dict[str, Any]:
     columns = [("after", name) for name in results.names("after")]
     columns += [("task", name) for name in results.main_scores]
     columns += [("kept", name) for name in results.names("kept")] + [("cost", name) for name in results.names("cost")]
-    # of several numbers of edits, the most
-    last = {(row.cell, row.source, row.name): row for row in sorted(results.rows, key=lambda row: row.edits or 0)}
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    # of several numbers of edits, the most; but costs are of each operation
+    for row in sorted(results.rows, key=lambda row: row.edits or 0):
+        found.setdefault((row.cell, row.source, row.name), []).append(row)
+    last = {key: _cost(rows) if key[1] == "cost" else rows[-1] for key, rows in found.items()}
     lines = [(cell, [last.get((cell, *column)) for column in columns]) for cell in results.cells]
-    first: dict[tuple[str, str], Row] = {}
+    clean: dict[tuple[str, str], list[Row]] = {}
     for row in results.rows:
         if row.source == "before" or (row.source == "task" and row.edits == 0):
-            first.setdefault(("after" if row.source == "before" else "task", row.name), row)
-    return {"columns": columns, "before": [first.get(column) for column in columns], "lines": lines}
+            clean.setdefault(("after" if row.source == "before" else "task", row.name), []).append(row)
+    before = [_before(clean[column]) if column in clean else None for column in columns]
+    return {"columns": [(source, _unit(name)) for source, name in columns], "before": before, "lines": lines}
+
+
+def _cost(rows: list[Row]) -> Row:
+    """The mean over all edits; of memory in GB."""
+    counts = [row.n or 1 for row in rows]
+    mean = sum(row.value * n for row, n in zip(rows, counts, strict=True)) / sum(counts)
+    scale = 1 if _unit(rows[0].name) == rows[0].name else 1e-9
+    return replace(rows[-1], value=mean * scale, low=None, high=None)
+
+
+def _before(rows: list[Row]) -> Row:
+    """Of the clean model; where cells have other requests, the mean and the range."""
+    values = [row.value for row in rows]
+    same = max(values) - min(values) < 1e-3
+    return rows[0] if same else replace(rows[0], value=fmean(values), low=min(values), high=max(values))
+
+
+def _unit(name: str) -> str:
+    return f"{name}, GB" if name.startswith("peak_memory/") else name

@@ -88,7 +88,9 @@ def test_a_level_s_base_is_laid_under_the_common_part(here):
     grid = Grid.load("grid.yaml", overlay)
     config = only(grid, editor="ROME", regulariser="RECT", seed="0").config
     assert config["model"]["class_path"] == "Other"
-    assert config["model"]["init_args"]["search"] == {"steps": 3, "lr": 0.1}, "over the grid's base, under the common part"
+    assert config["model"]["init_args"]["search"] == {"steps": 3, "lr": 0.1}, (
+        "over the grid's base, under the common part"
+    )
     assert config["model"]["init_args"]["moments"] is None, "the level's own part is laid over"
     assert [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]] == ["Own", "RECT"]
     assert "base" not in config
@@ -254,13 +256,17 @@ def test_the_comparison_of_editors():
     for cell in cells:
         editor, requests, protocol, regulariser = cell.levels.values()
         size, data = cell.config["data"]["batch_size"], cell.config["data"]
-        own = read_mapping(str(configs_folder() / f"{'rome' if 'ROME' in editor else editor.lower()}_smollm2.yaml"))["model"]
+        own = read_mapping(str(configs_folder() / f"{'rome' if 'ROME' in editor else editor.lower()}_smollm2.yaml"))[
+            "model"
+        ]
         options = cell.config["model"]["init_args"]
         assert cell.config["model"]["class_path"] == own["class_path"]
         assert {key for key in options if options[key] != own["init_args"].get(key)} <= (
             {"mode", "moments", "key"} if editor == "R-ROME" else {"mode"}
         )
-        assert (options["mode"], data["limit"]) == (("single", 100) if requests == "1" else ("sequential", int(requests)))
+        assert (options["mode"], data["limit"]) == (
+            ("single", 100) if requests == "1" else ("sequential", int(requests))
+        )
         assert size == {"one by one": 1, "batches of 10": 10, "one batch": 100}[protocol]
         assert len(cell.config["trainer"]["callbacks"]) == (regulariser != "none")
         assert size == 1 or "ROME" not in editor

@@ -107,6 +107,56 @@ def test_the_trade_off_has_a_point_a_regulariser(grid):
     assert [series.label for series in figure.panels[0].series] == ["none", "RECT 40", "RECT 20", "Random 40"]
 
 
+def compared():
+    """Rows of a grid of more editors than regularisers, of two sizes, with layers and costs."""
+    for editor, score in (("ROME", 0.7), ("MEMIT", 0.8), ("KN", 0.4)):
+        for requests in ("10", "100"):
+            for regulariser in ("none", "RECT 40"):
+                cell, n = (editor, requests, regulariser), int(requests)
+                for source, edits, value in (("before", 0, 0.2 + n / 1000), ("after", n, score)):
+                    yield *cell, edits, source, "score/probability", value, "", "", n, ""
+                    yield *cell, edits, source, "perplexity/prose", 20 / (1 - edits / 200), "", "", "", ""
+                for layer in range(9) if editor == "KN" else (6, 7):
+                    for edits in (n // 2, n):
+                        yield *cell, edits, "change", f"{layer}/above_0.077", edits / 200 + layer / 100, "", "", "", ""
+                yield *cell, 2, "cost", "seconds_per_edit", 3.0, "", "", 2, ""
+                yield *cell, 3, "cost", "seconds_per_edit", 9.0, "", "", 1, ""
+                yield *cell, n, "cost", "peak_memory/host", 1.75e9, "", "", "", ""
+
+
+def test_a_comparison_of_editors_has_a_point_an_editor(tmp_path):
+    columns = [
+        "editor",
+        "requests",
+        "regulariser",
+        "edits",
+        "source",
+        "name",
+        "value",
+        "low",
+        "high",
+        "n",
+        "unparseable",
+    ]
+    reports.report(write_grid(tmp_path, compared(), columns))
+    made = {figure.name: figure for figure in figures(read(tmp_path))}
+    trade_off = made["score-and-ability"]
+    assert [panel.title for panel in trade_off.panels] == [
+        "requests 10 · no regulariser", "requests 10 · RECT 40", "requests 100 · no regulariser", "requests 100 · RECT 40",
+    ]  # fmt: skip
+    assert [series.label for series in trade_off.panels[2].series] == ["ROME", "MEMIT", "KN"]
+    assert [(*series.x, *series.y) for series in trade_off.panels[2].series] == [(0.7, 0.5), (0.8, 0.5), (0.4, 0.5)]
+    [growth] = made["growth-3"].panels
+    assert [s.y for s in growth.series] == [pytest.approx((0.315, 0.565))] * 2 + [pytest.approx((0.29, 0.54))]
+    [layers] = made["layers-3"].panels
+    assert layers.ticks == tuple("012345678")
+    assert [(series.label, series.x[0]) for series in layers.series] == [("ROME", 6), ("MEMIT", 6), ("KN", 0)]
+    html = text(tmp_path)
+    assert "peak_memory/host, GB" in html
+    assert {1.75, 5.0} <= data(html), "GB; seconds are the mean over all edits, (2 · 3 + 9) / 3"
+    assert "0.210&thinsp;–&thinsp;0.300" in html, "what the cells began with"
+
+
 def test_what_was_not_measured_is_left_out(run, tmp_path):
     for name in ("config.yaml", "metrics.json"):
         shutil.copy(run / name, tmp_path)
