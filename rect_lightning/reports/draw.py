@@ -256,8 +256,7 @@ def _points(axes: Any, panel: Panel) -> None:
         beside = [(x + 9, y - 4), (x + 6, y + 6), (x + 6, y - 15), (x - w, y + 6), (x - w, y - 15), (x - 9 - w, y - 4)]
         choices = [*beside, (x - w / 2, y + 12), (x - w / 2, y - 22), (x + 9, y + 14), (x + 9, y - 24)]
         fits = [c for c in choices if c[0] > 0 and c[0] + w < width + 12]
-        free = [c for c in fits if not any(_overlap((*c, c[0] + w, c[1] + h), box) for box in boxes)]
-        at = (free or fits or choices)[0]
+        at = min(fits or choices, key=lambda c: sum(_overlap((*c, c[0] + w, c[1] + h), box) for box in boxes))
         boxes.append((*at, at[0] + w, at[1] + h))
         axes.annotate(s.label, at, xycoords="axes points", fontsize=_SMALL, annotation_clip=False, **_style(s))
 
