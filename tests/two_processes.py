@@ -1,4 +1,5 @@
-"""``python -m tests.two_processes FOLDER HYPERNETWORK``: edits under DDP in two processes, which leave ``rank-0.pt`` and ``rank-1.pt``.
+"""``python -m tests.two_processes FOLDER HYPERNETWORK``: edits under DDP in two processes, which leave ``rank-0.pt`` and
+``rank-1.pt`` in the folder.
 
 What is run is also what `tests/test_processes.py` runs in its own process, to compare.
 """
@@ -48,7 +49,10 @@ def pair(items):
 
 
 def edits(folder, hypernetwork, options):
-    """Edits of every kind, MEND's by a trained hypernetwork's checkpoint: their weights, metrics, samples, and the requests that this process searched for."""
+    """Edits of every kind: their weights, metrics, samples, and the requests that this process searched for.
+
+    MEND's are made by the checkpoint of a hypernetwork.
+    """
     found = {}
     (folder / "prose.txt").write_text(PROSE[:900])
     prose = str(folder / "prose.txt")

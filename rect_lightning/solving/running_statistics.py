@@ -15,7 +15,7 @@ class RunningStatistics:
     """Statistics of rows, which add up: those of two parts are those of the whole (Chan et al. 1979).
 
     Attributes:
-        count: How many rows, ``[]``; all are in the rows' dtype.
+        count: How many rows, ``[]``, in the rows' dtype like the others.
         mean: ``[width]``.
         squares: Sum of squared deviations from the mean, ``[width]``.
     """

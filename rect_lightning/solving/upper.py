@@ -48,7 +48,7 @@ def run_lower(
 ) -> Iterator[Lower]:
     """Run token rows up to a layer, in batches of like length, each when it is asked for.
 
-    So what needs each batch only once never holds more than one; what needs them again keeps them in a list.
+    So what needs each batch only once does not hold them all; what needs them again keeps them in a list.
 
     Args:
         adapter: The model.
