@@ -24,7 +24,7 @@ from tests.editors.test_base import (
 )
 from tests.editors.test_interruptions import FailsOnce, SavesInTheMiddle
 from tests.editors.test_memit import relative
-from tests.solving.test_gradients import naive
+from tests.solving.test_token_gradients import naive
 
 assert _own_cache  # a fixture of every test here
 
