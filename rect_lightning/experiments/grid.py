@@ -8,6 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from rect_lightning.shipped import configs_folder, find_config
 
 Config = dict[str, Any]
 
+COLUMNS = ("edits", "source", "name", "value", "low", "high", "n", "unparseable")
+"""The columns of a grid's table besides the axes'."""
+
 _QUIET: Config = {"trainer": {"enable_progress_bar": False}}  # a log is no terminal
 
 
@@ -24,9 +28,9 @@ _QUIET: Config = {"trainer": {"enable_progress_bar": False}}  # a log is no term
 class Grid:
     """Runs for every combination of the levels of some axes.
 
-    A cell's configuration is the base with the common part laid over it, then its level of each axis, in order. What is laid
-    over wins: mappings key by key, anything else as a whole. Except callbacks: those of the levels are *added* to the
-    common ones, which replace the base's.
+    A cell's configuration is the base with the bases of its levels laid over it, then the common part, then its level of each
+    axis, in order. What is laid over wins: mappings key by key, anything else as a whole. Except callbacks: those of the
+    levels are *added* to the common ones, which replace the bases'.
 
     Raises:
         ValueError: An axis has no levels, no cell is left, two have one folder, or ``skip`` names what is not there.
@@ -34,7 +38,7 @@ class Grid:
 
     name: str
     axes: Mapping[str, Mapping[str, Config]]
-    """Axis to level to configuration, all in order."""
+    """Axis to level to configuration, all in order. A level's ``base`` is a configuration too, see above."""
     base: Config = field(default_factory=dict)
     """What each cell starts from."""
     common: Config = field(default_factory=dict)
@@ -50,6 +54,8 @@ class Grid:
         empty = [axis for axis, levels in self.axes.items() if not levels]
         if not self.axes or empty:
             raise ValueError(f"The grid {self.name} needs axes with at least one level each; empty: {empty or 'axes'}.")
+        if taken := self.axes.keys() & set(COLUMNS):
+            raise ValueError(f"The table has columns of its own called {', '.join(sorted(taken))}: give the axes other names.")
         for chosen in self.skip:
             self._check_levels("skip", chosen)
         names = Counter(cell.name.casefold() for cell in self.cells())
@@ -82,18 +88,15 @@ class Grid:
                 raise ValueError(f"A grid has no key {key!r}; {hint}")
         if missing := {"name", "axes"} - content.keys():
             raise ValueError(f"The grid has no {' and no '.join(sorted(missing))}.")
-        base: Config = {}
-        for file in _listed(content.get("base")):
-            base = merged(base, read_mapping(find_config(str(file))))
         name = str(content["name"])
         return cls(
             name=name,
             output=Path(content.get("output") or "").expanduser(),
-            base=base,
+            base=_read_base(content.get("base")),
             common=_mapping("common", content.get("common")),
             axes={
                 _name("an axis", axis): {
-                    _name(f"a level of {axis}", level): _mapping(f"{axis}: {level}", config)
+                    _name(f"a level of {axis}", level): _with_base(_mapping(f"{axis}: {level}", config))
                     for level, config in _mapping(f"the axis {axis}", levels).items()
                 }
                 for axis, levels in _mapping("axes", content["axes"]).items()
@@ -128,11 +131,11 @@ class Grid:
         ]
 
     def _config(self, levels: Mapping[str, str]) -> Config:
-        config = merged(merged(_QUIET, self.base), self.common)
-        callbacks = _callbacks(config)
-        for axis, level in levels.items():
-            callbacks += _callbacks(self.axes[axis][level])
-            config = merged(config, self.axes[axis][level])
+        chosen = [dict(self.axes[axis][level]) for axis, level in levels.items()]
+        bases = [level.pop("base", {}) for level in chosen]
+        config = reduce(merged, [_QUIET, self.base, *bases, self.common])
+        callbacks = sum(map(_callbacks, chosen), _callbacks(config))
+        config = reduce(merged, chosen, config)
         config["trainer"] = {**config["trainer"], "callbacks": callbacks}
         config["trainer"].pop("logger", None)  # a cell's files go to the cell's folder
         config.pop("ckpt_path", None)
@@ -145,6 +148,15 @@ class Grid:
             for level in levels:
                 if level not in self.axes[axis]:
                     raise ValueError(f"{what}: {axis} has no level {level!r}, but {', '.join(self.axes[axis])}.")
+
+
+def _read_base(files: Any) -> Config:
+    """The configurations in these files, later ones laid over earlier ones."""
+    return reduce(merged, (read_mapping(find_config(str(file))) for file in _listed(files)), {})
+
+
+def _with_base(level: Config) -> Config:
+    return {**level, "base": _read_base(level["base"])} if "base" in level else level
 
 
 def _callbacks(config: Config) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import yaml
 
 from rect_lightning.experiments import Grid
 from rect_lightning.experiments.checking import check
+from rect_lightning.experiments.reading import read_mapping
 from rect_lightning.shipped import configs_folder
+from rect_lightning.tasks import named
 from tests.editors.test_base import RECORDS
 
 GRID = """
@@ -77,6 +80,27 @@ def test_levels_are_laid_over_the_common_part_over_the_base():
     assert "ckpt_path" not in config
 
 
+def test_a_level_s_base_is_laid_under_the_common_part(here):
+    (here / "other.yaml").write_text(
+        "{model: {class_path: Other, init_args: {search: {steps: 9, lr: 0.1}}}, trainer: {callbacks: [{class_path: Own}]}}"
+    )
+    overlay = "axes: {editor: {ROME: {base: other.yaml, model: {init_args: {moments: null}}}}}"
+    grid = Grid.load("grid.yaml", overlay)
+    config = only(grid, editor="ROME", regulariser="RECT", seed="0").config
+    assert config["model"]["class_path"] == "Other"
+    assert config["model"]["init_args"]["search"] == {"steps": 3, "lr": 0.1}, "over the grid's base, under the common part"
+    assert config["model"]["init_args"]["moments"] is None, "the level's own part is laid over"
+    assert [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]] == ["Own", "RECT"]
+    assert "base" not in config
+    without = only(grid, editor="without C", regulariser="none", seed="0").config
+    assert without["model"]["class_path"] == "rect_lightning.editors.ROME"
+    assert [callback["class_path"] for callback in without["trainer"]["callbacks"]] == [
+        "rect_lightning.callbacks.summary.Summary"
+    ]
+    with pytest.raises(FileNotFoundError, match=r"no file nowhere\.yaml here"):
+        Grid.load("grid.yaml", "axes: {editor: {ROME: {base: nowhere.yaml}}}")
+
+
 def test_cells_share_nothing():
     first, second, *_ = Grid.load("grid.yaml").cells()
     first.config["model"]["init_args"]["search"]["steps"] = 99
@@ -120,6 +144,7 @@ def test_skipped_and_chosen_cells():
         ("axes: {more: [1, 2]}", "the axis more has to be a mapping"),
         ("axes: {more: {a: 3}}", "more: a has to be a mapping"),
         ("axes: {more: {no: {}}}", "reads the name of a level of more as False: put it in quotes"),
+        ("axes: {edits: {10: {}}}", "columns of its own called edits"),
         ("axes: {more: {RECT 40: {}, rect-40: {}}}", "share a folder: without-c_none_seed-0_rect-40"),
         ("axes: {more: {'?!': {}}}", "no letter or number"),
         ("axes: {more: {a: {}, a: {}}}", "a stands twice"),
@@ -178,21 +203,31 @@ def test_right_configurations_pass_and_load_no_model(monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((configs_folder() / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_experiments(path):
-    """Found by name, and right but for the data, which are replaced; one cell a level is enough."""
+    """Found by name, and right but for the files, which are replaced; one cell a level is enough."""
     grid = Grid.load(path.name)
     assert grid.name == path.stem
     opening = path.read_text(encoding="utf-8")
     assert f"python -m rect_lightning experiment --config {path.name}" in opening
+    assert f"{len(grid.cells())} run" in opening
     seen, chosen = set(), []
     for cell in grid.cells():
         if new := {*cell.levels.items()} - seen:
             seen |= new
-            cell.config["data"] = {"path": "facts"}
-            side = cell.config["trainer"]["callbacks"][0]["init_args"]
-            side["tasks"] = [task for task in side["tasks"] if task == "perplexity"]
+            cell.config["data"] |= {"path": "facts", "format": "auto", "split": None, "offset": 0, "limit": 1}
+            cell.config["model"]["init_args"].pop("prose", None)
+            for callback in cell.config["trainer"]["callbacks"]:
+                for task in callback["init_args"].get("tasks", []):
+                    named(task) if isinstance(task, str) else built(task)
+                    callback["init_args"]["tasks"] = ["perplexity"]
             chosen.append(cell)
-    assert len(chosen) > 4
+    assert len(chosen) >= 4
     check(chosen)
+
+
+def built(described):
+    """An object by its class_path and init_args."""
+    module, _, name = described["class_path"].rpartition(".")
+    return getattr(import_module(module), name)(**described["init_args"])
 
 
 def test_the_paper_s_grid():
@@ -209,6 +244,27 @@ def test_the_paper_s_grid():
             name for name in (cell.levels["regulariser"].split()[0],) if name != "none"
         ]
         assert cell.config["data"]["offset"] == 50 * int(cell.levels["seed"])
+
+
+def test_the_comparison_of_editors():
+    """Each with its own hyper-parameters, on the same records, in the combinations that it can make."""
+    cells = Grid.load("comparison_smollm2.yaml").cells()
+    combinations = {tuple(cell.levels.values()) for cell in cells}
+    assert ("ROME", "10", "one by one", "RECT 40") in combinations
+    assert ("MEMIT", "100", "one batch", "none") in combinations
+    for cell in cells:
+        editor, requests, protocol, regulariser = cell.levels.values()
+        size, data = cell.config["data"]["batch_size"], cell.config["data"]
+        own = read_mapping(str(configs_folder() / f"{'rome' if 'ROME' in editor else editor.lower()}_smollm2.yaml"))["model"]
+        options = cell.config["model"]["init_args"]
+        assert cell.config["model"]["class_path"] == own["class_path"]
+        assert {key for key in options if options[key] != own["init_args"].get(key)} <= (
+            {"mode", "moments", "key"} if editor == "R-ROME" else {"mode"}
+        )
+        assert (options["mode"], data["limit"]) == (("single", 100) if requests == "1" else ("sequential", int(requests)))
+        assert size == {"one by one": 1, "batches of 10": 10, "one batch": 100}[protocol]
+        assert len(cell.config["trainer"]["callbacks"]) == (regulariser != "none")
+        assert size == 1 or "ROME" not in editor
 
 
 def test_the_documentation_s_grid():
