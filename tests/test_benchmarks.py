@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import editing, regularisers, speed, tasks
+from benchmarks import claims, editing, regularisers, speed, tasks
 from tests import tiny
 
 
@@ -65,3 +65,24 @@ def test_the_costs_of_regularisers(capsys):
     regularisers.main(["--shape", "24", "40"])
     rows = [line.split(" | ")[0].removeprefix("| ") for line in capsys.readouterr().out.splitlines()[4:]]
     assert rows == [*regularisers.MAKERS, "NullSpace, once a run"]
+
+
+def test_the_claims_compare_seed_by_seed(tmp_path, capsys):
+    rows = ["editor,regulariser,seed,edits,source,name,value,low,high,n,unparseable"]
+    for method, seed, exact, abilities in (
+        ("none", 0, 0.8, (0.5, 0.4, 0.2)),
+        ("none", 1, 0.4, (0.5, 0.5, 0.3)),
+        ("RECT 40", 0, 0.6, (0.5, 0.5, 0.3)),
+        ("RECT 40", 1, 0.4, (0.5, 0.5, 0.5)),
+    ):
+        rows += [f"ROME,{method},{seed},{10 * i},task,sst2/paper,{value},,,," for i, value in enumerate(abilities)]
+        rows += [f"ROME,{method},{seed},{10 * i},task,perplexity/prose,{20 + 10 * i},,,," for i in range(3)]
+        rows += [f"ROME,{method},{seed},20,after,efficacy/exact,{exact},,,,"]
+    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
+    claims.main([str(tmp_path)])
+    *_, none, rect = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    # efficacy, abilities in the end and on average, perplexity; then as a share of none's, and what the curve is above it
+    assert [cell.split(" ±")[0] for cell in none[1:]] == ["0.600", "0.500", "0.700", "2.000", "1.000", "", "0.000"]
+    assert [cell.split(" ±")[0] for cell in rect[1:]] == ["0.500", "0.800", "0.900", "2.000", "0.875", "", "0.200"]
+    half = 12.706 * 0.125  # t with one degree of freedom, times the standard error of .75 and 1
+    assert rect[5] == f"0.875 ± {half:.3f}"

@@ -13,39 +13,46 @@ import torch
 from rect_lightning.processes import Processes
 from rect_lightning.solving.moments import second_moments
 from tests import tiny, two_processes
+from tests.editors.test_mend import train, training
 from tests.two_processes import LAYERS, pair
 
 KINDS = ["layer", "operation", "single"]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def hypernetwork(tmp_path_factory):
+    """The checkpoint of a hypernetwork for MEND."""
+    return train(tmp_path_factory.mktemp("hypernetwork"), training(), max_epochs=1).checkpoint_callback.best_model_path
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, hypernetwork):
     """The folder of a run with two processes, and what each of them found."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "tests.two_processes", str(folder)]
+    command = [sys.executable, "-m", "tests.two_processes", str(folder), hypernetwork]
     environment = {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"} | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=500
     )
     assert run.returncode == 0, run.stderr
     return folder, [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(tmp_path_factory, hypernetwork):
     """What a single process finds."""
     folder, threads = tmp_path_factory.mktemp("alone"), torch.get_num_threads()
     torch.set_num_threads(1)  # sampled text depends on rounding
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECT_LIGHTNING_CACHE", str(folder / "cache"))
         yield {
-            "edits": two_processes.edits(folder, {"devices": 1}),
+            "edits": two_processes.edits(folder, hypernetwork, {"devices": 1}),
             "passes": two_processes.passes(folder, Processes()),
         }
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "neurons", "gradients"])
+@pytest.mark.parametrize("kind", [*KINDS, "neurons", "gradients", "fine-tuning", "hypernetwork"])
 def test_the_weights_are_those_of_a_single_process(two, alone, kind):
     ranks = [found["edits"][kind]["weights"] for found in two[1]]
     expected = alone["edits"][kind]["weights"]

@@ -1,4 +1,5 @@
-"""``python -m tests.two_processes FOLDER``: edits under DDP in two processes, which leave ``rank-0.pt`` and ``rank-1.pt``.
+"""``python -m tests.two_processes FOLDER HYPERNETWORK``: edits under DDP in two processes, which leave ``rank-0.pt`` and
+``rank-1.pt`` in the folder.
 
 What is run is also what `tests/test_processes.py` runs in its own process, to compare.
 """
@@ -26,7 +27,9 @@ from rect_lightning.solving.moments import second_moments
 from rect_lightning.tasks import MultipleChoice, Perplexity
 from tests import tiny
 from tests.editors.test_base import PROSE, facts, fit, memit, requests, rome, trainer
+from tests.editors.test_fine_tuning import fine_tuning
 from tests.editors.test_knowledge_neurons import kn
+from tests.editors.test_mend import mend
 from tests.editors.test_ultraedit import ultraedit
 
 DDP = {"strategy": "ddp", "devices": 2}
@@ -45,8 +48,11 @@ def pair(items):
     return Pair(torch.tensor([[10.0 * i, 10.0 * i + 1] for i in items]).reshape(-1, 1), torch.tensor(items)[:, None])
 
 
-def edits(folder, options):
-    """Edits of every kind: their weights, metrics, samples, and the requests that this process searched for."""
+def edits(folder, hypernetwork, options):
+    """Edits of every kind: their weights, metrics, samples, and the requests that this process searched for.
+
+    MEND's are made by the checkpoint of a hypernetwork.
+    """
     found = {}
     (folder / "prose.txt").write_text(PROSE[:900])
     prose = str(folder / "prose.txt")
@@ -56,6 +62,8 @@ def edits(folder, options):
         ("single", lambda: rome(folder, mode="single"), 1),
         ("neurons", lambda: kn(layers=[1, 3]), 3),
         ("gradients", ultraedit, 3),
+        ("fine-tuning", lambda: fine_tuning(steps=5, lr=1e-4), 3),
+        ("hypernetwork", lambda: mend(hypernetwork), 3),
     ):
         editor, searched, weights = make(), [], []
         restore, search = editor.restore, locate_then_edit.search_values
@@ -209,9 +217,9 @@ def local_failures(folder, processes):
     return told
 
 
-def main(folder):
+def main(folder, hypernetwork):
     os.environ["RECT_LIGHTNING_CACHE"] = str(folder / "cache")
-    found = {"edits": edits(folder, DDP)}
+    found = {"edits": edits(folder, hypernetwork, DDP)}
     processes = Processes(rank=int(os.environ["LOCAL_RANK"]), count=2)
     found["map"] = {n: vars(processes.map(list(range(n)), pair)) for n in range(1, 6)}
     found["sum"] = processes.sum(torch.tensor([1.0, processes.rank]))
@@ -226,4 +234,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

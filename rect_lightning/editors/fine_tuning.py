@@ -10,9 +10,9 @@ from torch.optim import Adam
 
 from rect_lightning.data.request import EditRequest
 from rect_lightning.editors.base import Editor
-from rect_lightning.models.encoding import encode
 from rect_lightning.progress import track
 from rect_lightning.solving.likelihood import Loss, Places, negative_log_likelihood, places
+from rect_lightning.solving.texts import answer_rows
 from rect_lightning.solving.upper import Lower, run_lower, run_upper
 
 Factors = tuple[Tensor, ...]
@@ -80,10 +80,10 @@ class FineTuning(Editor):
         Raises:
             ValueError: The loss is not finite.
         """
-        rows = encode(self.model.tokenizer, [r.text for r in requests], [r.target_new for r in requests])
+        rows = answer_rows(self.model, requests)
         mine = self.processes.mine(rows)
         with self.processes.together():
-            lower = run_lower(self.model, [row.ids for row in mine], self.layers[0])
+            lower = list(run_lower(self.model, [row.ids for row in mine], self.layers[0]))
             read = [places([mine[i] for i in batch.rows], self.loss, self.device) for batch in lower]
         updates = {layer: self._factors(layer) for layer in self.layers}
         trained = [factor for factors in updates.values() for factor in factors]

@@ -10,8 +10,8 @@ from rect_lightning.checkpoint_io import KEY, read_checkpoint
 from rect_lightning.data.request import EditRequest
 from rect_lightning.editors.base import Editor
 from rect_lightning.models import Adapter
-from rect_lightning.models.encoding import Row, encode
 from rect_lightning.solving.hypernetwork import Hypernetwork
+from rect_lightning.solving.texts import answer_rows
 from rect_lightning.solving.token_gradients import TokenGradients, token_gradients
 from rect_lightning.solving.upper import run_lower
 
@@ -85,11 +85,11 @@ class MEND(Editor):
     def begin(self, requests: Sequence[EditRequest]) -> dict[int, Tensor]:
         """The updates of all layers, ``[out, in]``."""
         assert self.hypernetwork is not None
-        rows = self.processes.mine(edit_rows(self.model, requests))
+        rows = self.processes.mine(answer_rows(self.model, requests))
         with self.processes.together():
             lower = run_lower(self.model, [row.ids for row in rows], self.layers[0])
             gradients = token_gradients(self.model, lower, rows, self.layers)
-            updates = {layer: self._sum(self.hypernetwork, layer, gradients[layer]) for layer in self.layers}
+            updates = {layer: self._sum(self.hypernetwork, layer, gradients) for layer in self.layers}
         return {layer: self.processes.sum(update) for layer, update in updates.items()}
 
     def compute_update(self, layer: int, requests: Sequence[EditRequest], state: dict[int, Tensor]) -> Tensor:
@@ -101,7 +101,7 @@ class MEND(Editor):
         weight = self.model.oriented(layer, self.model.weight(layer))
         update = torch.zeros_like(weight)
         for gradient in gradients:
-            u, delta = hypernetwork(layer, gradient.u, gradient.delta)
+            u, delta = hypernetwork(layer, gradient.u[layer], gradient.delta[layer])
             update += delta.T @ u
         return update
 
@@ -123,11 +123,6 @@ class MEND(Editor):
                 f"The run to go on with used another hypernetwork than {self.checkpoint}: name the one that it used."
             )
         self._trained = self._trained or {KEY: {"sha256": before}}
-
-
-def edit_rows(adapter: Adapter, requests: Sequence[EditRequest]) -> list[Row]:
-    """Each request's prompt with its new target."""
-    return encode(adapter.tokenizer, [r.text for r in requests], [r.target_new for r in requests])
 
 
 def edited_shapes(adapter: Adapter, layers: Sequence[int]) -> dict[str, list[int]]:

@@ -232,18 +232,18 @@ class MENDTraining(LightningModule):
     def _probes(self, texts: Sequence[tuple[int, str, str]], shares: Sequence[float]) -> "_Probes":
         """Texts, each with its request, prompt and target, run as far as no edit matters; shares are those of the requests."""
         rows = encode(self.model.tokenizer, [prompt for _, prompt, _ in texts], [target for *_, target in texts])
-        lower = run_lower(self.model, [row.ids for row in rows], self.layers[0])
+        lower = list(run_lower(self.model, [row.ids for row in rows], self.layers[0]))
         owners = [i for i, *_ in texts]
         return _Probes(rows, owners, torch.tensor([shares[i] for i in owners], device=self.device), lower)
 
     def _edit(self, prompts: "_Probes") -> Callable[[Sequence[int]], dict[int, Change]]:
         """The edits, as changes for rows that belong to given requests."""
         factors: dict[int, tuple[Tensor, Tensor]] = {}
-        for layer, of_rows in token_gradients(self.model, prompts.lower, prompts.rows, self.layers).items():
-            u, delta = self.hypernetwork(
-                layer, torch.cat([g.u for g in of_rows]), torch.cat([g.delta for g in of_rows])
-            )
-            tokens = [len(g.u) for g in of_rows]
+        gradients = token_gradients(self.model, prompts.lower, prompts.rows, self.layers)
+        for layer in self.layers:
+            of_rows = [g.u[layer] for g in gradients]
+            u, delta = self.hypernetwork(layer, torch.cat(of_rows), torch.cat([g.delta[layer] for g in gradients]))
+            tokens = [len(row) for row in of_rows]
             together = [sum(tokens[i : i + self.edits]) for i in range(0, len(tokens), self.edits)]
             # filled up with zeros, which add nothing
             factors[layer] = pad_sequence(u.split(together), True), pad_sequence(delta.split(together), True)

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from rect_lightning.data.request import EditRequest
 from rect_lightning.editors.base import Editor
-from rect_lightning.solving.gradients import AnswerGradients, answer_gradients
 from rect_lightning.solving.running_statistics import RunningStatistics
 from rect_lightning.solving.solvers import gradient_values, least_squares
 from rect_lightning.solving.texts import answer_rows
+from rect_lightning.solving.token_gradients import TokenGradients, token_gradients
+from rect_lightning.solving.upper import run_lower
 
 
 class UltraEdit(Editor):
@@ -50,19 +51,24 @@ class UltraEdit(Editor):
             ValueError: There is only one token to tell from what entries are like.
         """
 
-        def read(mine: Sequence[EditRequest]) -> list[AnswerGradients]:
+        def read(mine: Sequence[EditRequest]) -> list[TokenGradients]:
             rows = answer_rows(self.model, mine)
-            return answer_gradients(self.model, rows, self.layers, show_progress=self.show_progress)
+            # no target's last token predicts one
+            ids = [row.ids[:-1] for row in rows]
+            lower = run_lower(self.model, ids, self.layers[0], show_progress=self.show_progress)
+            return token_gradients(self.model, lower, rows, self.layers, predicting=True, device=torch.device("cpu"))
 
         found = self.processes.collect(requests, read)
-        self.log("edit/target_nll", torch.cat([answer.losses for answer in found]).mean(), batch_size=len(requests))
-        each_layer = zip(
-            self.layers,
-            torch.cat([answer.keys for answer in found], dim=1),
-            torch.cat([answer.gradients for answer in found], dim=1),
-            strict=True,
-        )
-        return {layer: (keys, self._values(layer, keys, gradients)) for layer, keys, gradients in each_layer}
+        tokens = torch.tensor([len(row.u[self.layers[0]]) for row in found])
+        losses = torch.stack([row.loss for row in found]) * tokens
+        self.log("edit/target_nll", losses.sum() / tokens.sum(), batch_size=len(requests))
+        state = {}
+        for layer in self.layers:
+            keys = torch.cat([row.u[layer] for row in found])
+            # of sums over a target's tokens, not means
+            gradients = torch.cat([row.delta[layer] * len(row.delta[layer]) for row in found])
+            state[layer] = keys, self._values(layer, keys, gradients)
+        return state
 
     def compute_update(
         self, layer: int, requests: Sequence[EditRequest], state: dict[int, tuple[Tensor, Tensor]]
@@ -72,7 +78,7 @@ class UltraEdit(Editor):
         return least_squares(values, keys, None, 1.0)
 
     def _values(self, layer: int, keys: Tensor, gradients: Tensor) -> Tensor:
-        pairs = torch.cat([keys, gradients], dim=1)
+        pairs = torch.cat([keys, gradients], dim=1).double()
         statistics = RunningStatistics.of(pairs)
         names = {name: f"{name}.{layer}" for name in vars(statistics)}
         if self.memory.keys() >= set(names.values()):

@@ -18,6 +18,9 @@ from rect_lightning.shipped import configs_folder, find_config
 
 Config = dict[str, Any]
 
+COLUMNS = ("edits", "source", "name", "value", "low", "high", "n", "unparseable")
+"""The columns of a grid's table besides the axes'."""
+
 _QUIET: Config = {"trainer": {"enable_progress_bar": False}}  # a log is no terminal
 
 
@@ -51,6 +54,8 @@ class Grid:
         empty = [axis for axis, levels in self.axes.items() if not levels]
         if not self.axes or empty:
             raise ValueError(f"The grid {self.name} needs axes with at least one level each; empty: {empty or 'axes'}.")
+        if taken := self.axes.keys() & set(COLUMNS):
+            raise ValueError(f"The table has columns of its own called {', '.join(sorted(taken))}: give the axes other names.")
         for chosen in self.skip:
             self._check_levels("skip", chosen)
         names = Counter(cell.name.casefold() for cell in self.cells())

@@ -11,10 +11,7 @@ from typing import Any
 
 from rect_lightning.durable import whole_file
 from rect_lightning.experiments.cell import lock_of
-from rect_lightning.experiments.grid import Grid
-
-COLUMNS = ("edits", "source", "name", "value", "low", "high", "n", "unparseable")
-"""The columns besides the axes'."""
+from rect_lightning.experiments.grid import COLUMNS, Grid
 
 Row = dict[str, Any]
 

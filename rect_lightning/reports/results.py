@@ -69,12 +69,12 @@ class Results:
 
     @property
     def main_scores(self) -> list[str]:
-        """Of each task the score that stands for the ability, with perplexity last."""
+        """Of each task the score that stands for the ability, the published one if there is no other; perplexity last."""
         tasks: dict[str, list[str]] = {}
         for name in self.names("task"):
-            if "paper" not in name.split("/"):
-                tasks.setdefault(name.split("/")[0], []).append(name)
-        main = [_first(names, _MAIN_SCORES) for names in tasks.values()]
+            tasks.setdefault(name.split("/")[0], []).append(name)
+        standard = ([name for name in names if "paper" not in name.split("/")] or names for names in tasks.values())
+        main = [_first(names, _MAIN_SCORES) for names in standard]
         return sorted(main, key=lower_is_better)
 
     @property

@@ -70,4 +70,6 @@ def change_profile(update: Tensor, weight: Tensor, keeps: tuple[float, ...] = (0
 
 def smallest_kept(delta: Tensor, mask: Tensor) -> float:
     """The smallest δ in a mask, infinite where the mask is empty."""
-    return float(torch.where(mask, delta, torch.inf).amin())
+    # part by part, since RECT may not take another copy of the matrix
+    parts = zip(delta.reshape(-1).split(_CHUNK), mask.reshape(-1).split(_CHUNK), strict=True)
+    return min((float(torch.where(kept, part, torch.inf).amin()) for part, kept in parts), default=math.inf)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-_TINY = 1e-7
+from rect_lightning.solving.running_statistics import RunningStatistics
 
 
 class Hypernetwork(nn.Module):
@@ -101,28 +101,18 @@ class _RunningNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("squares", torch.zeros(width))
+        for name, value in vars(RunningStatistics.none(width)).items():
+            self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self._update(x.detach())
-        if self.count < 2:
+        statistics = RunningStatistics(self.count, self.mean, self.squares)
+        if self.training and len(x):
+            statistics += RunningStatistics.of(x.detach())
+            for name, value in vars(statistics).items():
+                self.get_buffer(name).copy_(value)
+        if statistics.count < 2:
             raise ValueError("A hypernetwork that has seen fewer than two tokens cannot normalise: train it first.")
-        deviation = (self.squares / (self.count - 1)).sqrt()
-        return (x - self.mean) / (deviation + _TINY)
-
-    def _update(self, x: Tensor) -> None:
-        """Take rows in, by the rule for merging two samples (Chan et al. 1983)."""
-        if not len(x):
-            return
-        mean = x.mean(0)
-        total = self.count + len(x)
-        difference = mean - self.mean
-        self.squares += (x - mean).square().sum(0) + difference.square() * self.count * len(x) / total
-        self.mean += difference * len(x) / total
-        self.count.copy_(total)
+        return statistics.normalise(x)
 
 
 def _name(shape: tuple[int, int]) -> str:

@@ -15,9 +15,9 @@ class RunningStatistics:
     """Statistics of rows, which add up: those of two parts are those of the whole (Chan et al. 1979).
 
     Attributes:
-        count: How many rows, ``[]`` float64.
-        mean: ``[width]`` float64.
-        squares: Sum of squared deviations from the mean, ``[width]`` float64.
+        count: How many rows, ``[]``, in the rows' dtype like the others.
+        mean: ``[width]``.
+        squares: Sum of squared deviations from the mean, ``[width]``.
     """
 
     count: Tensor
@@ -25,11 +25,15 @@ class RunningStatistics:
     squares: Tensor
 
     @classmethod
+    def none(cls, width: int) -> RunningStatistics:
+        """Those of no rows, to which others can be added."""
+        return cls(torch.zeros(()), torch.zeros(width), torch.zeros(width))
+
+    @classmethod
     def of(cls, rows: Tensor) -> RunningStatistics:
         """The statistics of rows ``[count, width]``, at least one."""
-        rows = rows.double()
         mean = rows.mean(dim=0)
-        return cls(torch.tensor(float(len(rows)), dtype=torch.float64), mean, (rows - mean).square().sum(dim=0))
+        return cls(rows.new_tensor(float(len(rows))), mean, (rows - mean).square().sum(dim=0))
 
     def __add__(self, other: RunningStatistics) -> RunningStatistics:
         count = self.count + other.count
@@ -41,6 +45,6 @@ class RunningStatistics:
         )
 
     def normalise(self, rows: Tensor) -> Tensor:
-        """Rows less the mean, over the standard deviation; float64, and zero where nothing has ever varied."""
+        """Rows less the mean, over the standard deviation, which takes two rows; zero where nothing has ever varied."""
         deviation = (self.squares / (self.count - 1)).sqrt()
-        return (rows.double() - self.mean) / (deviation + _EPSILON)
+        return (rows - self.mean) / (deviation + _EPSILON)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,33 +14,46 @@ from rect_lightning.solving.likelihood import negative_log_likelihood, places
 from rect_lightning.solving.upper import Lower, run_upper
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenGradients:
-    """The gradient of one row's loss by one layer's weight, ``delta.T @ u``, by the tokens that contribute to it.
+    """The gradients of one row's loss by the weights of some layers, ``delta.T @ u``, by the tokens that contribute to them.
 
     Attributes:
-        u: Inputs of the down projection, ``[tokens, in]``, fp32.
-        delta: Gradients of the loss by its outputs, ``[tokens, out]``, fp32.
+        loss: The negative log-likelihood of the row's target, the mean over its tokens, in nats, ``[]`` fp32.
+        u: Inputs of each layer's down projection, ``[tokens, in]`` fp32.
+        delta: Gradients of the loss by its outputs, ``[tokens, out]`` fp32.
     """
 
-    u: Tensor
-    delta: Tensor
+    loss: Tensor
+    u: dict[int, Tensor]
+    delta: dict[int, Tensor]
 
 
 def token_gradients(
-    adapter: Adapter, lower: Sequence[Lower], rows: Sequence[Row], layers: Sequence[int]
-) -> dict[int, list[TokenGradients]]:
-    """Take the gradients of each row's negative log-likelihood of its target apart, of some layers.
+    adapter: Adapter,
+    lower: Iterable[Lower],
+    rows: Sequence[Row],
+    layers: Sequence[int],
+    *,
+    predicting: bool = False,
+    device: torch.device | None = None,
+) -> list[TokenGradients]:
+    """Take the gradients of each row's negative log-likelihood of its target apart; no weight gets a gradient.
 
     Each row's loss is its own, so what else is in a batch makes no difference.
 
     Args:
         adapter: The model.
-        lower: All the rows, run up to the first of the layers.
+        lower: All the rows, with or without their last tokens, run up to the first of the layers.
         rows: Prompts with their targets.
-        layers: The layers, in order.
+        layers: The layers, in order; one pass serves them all.
+        predicting: Whether to leave out all tokens but those from which the target's are predicted, one for each of them.
+        device: Where to keep what is found, by default where it is computed.
+
+    Returns:
+        One record a row, in the order given.
     """
-    found: dict[int, dict[int, TokenGradients]] = {layer: {} for layer in layers}
+    found: dict[int, TokenGradients] = {}
     for batch in lower:
         inputs: dict[int, Tensor] = {}
         outputs: dict[int, Tensor] = {}
@@ -57,11 +70,13 @@ def token_gradients(
         with torch.enable_grad():
             states = run_upper(adapter, batch, {layer: probe(layer, inputs, outputs) for layer in layers})
             read = places([rows[i] for i in batch.rows], "target", states.device)
-            loss = negative_log_likelihood(adapter, states, read).sum()
-        deltas = torch.autograd.grad(loss, [outputs[layer] for layer in layers])
-        for layer, delta in zip(layers, deltas, strict=True):
-            for j, i in enumerate(batch.rows):
-                contributes = delta[j].any(-1)
-                u = inputs[layer][j, contributes].float()
-                found[layer][i] = TokenGradients(u, delta[j, contributes].float())
-    return {layer: [of_rows[i] for i in range(len(rows))] for layer, of_rows in found.items()}
+            losses = negative_log_likelihood(adapter, states, read)
+            deltas = torch.autograd.grad(losses.sum(), [outputs[layer] for layer in layers])
+        for j, i in enumerate(batch.rows):
+            u, delta = {}, {}
+            for layer, gradient in zip(layers, deltas, strict=True):
+                tokens = read.column[read.row == j] if predicting else gradient[j].any(-1)
+                u[layer] = inputs[layer][j, tokens].float().to(device)
+                delta[layer] = gradient[j, tokens].float().to(device)
+            found[i] = TokenGradients(loss=losses[j].detach().to(device), u=u, delta=delta)
+    return [found[i] for i in range(len(rows))]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rect_lightning.models.adapter import Adapter
+from rect_lightning.progress import track
 from rect_lightning.solving.batching import by_length, pad
 from rect_lightning.solving.blocks import Call, first, run_to, without_cache
 
@@ -42,21 +43,30 @@ class Lower:
 
 
 @torch.no_grad()
-def run_lower(adapter: Adapter, rows: Sequence[Sequence[int]], layer: int, *, budget: int = 1024) -> list[Lower]:
-    """Run token rows up to a layer, in batches of like length and at most ``budget`` padded tokens each."""
-    keys: list[Tensor] = []
-    handle = adapter.projection(layer).register_forward_hook(lambda _module, args, _output: keys.append(args[0]))
-    lower = []
-    try:
-        for chosen in by_length([len(row) for row in rows], budget):
+def run_lower(
+    adapter: Adapter, rows: Sequence[Sequence[int]], layer: int, *, budget: int = 1024, show_progress: bool = False
+) -> Iterator[Lower]:
+    """Run token rows up to a layer, in batches of like length, each when it is asked for.
+
+    So what needs each batch only once does not hold them all; what needs them again keeps them in a list.
+
+    Args:
+        adapter: The model.
+        rows: Token ids.
+        layer: The layer.
+        budget: Padded tokens in one batch. More needs more memory, and was slower on a CPU.
+        show_progress: Whether to show a bar over the batches.
+    """
+    batches = by_length([len(row) for row in rows], budget)
+    for chosen in track(batches, "batches", show=show_progress, unit="batch"):
+        keys: list[Tensor] = []
+        handle = adapter.projection(layer).register_forward_hook(lambda _m, args, _o, keys=keys: keys.append(args[0]))
+        try:
             trace = run_to(adapter, pad([rows[i] for i in chosen], adapter.device), layer)
-            calls = without_cache(trace.calls)
-            lower.append(
-                Lower(rows=chosen, layer=layer, key=keys.pop(), value=trace.value, hidden=trace.hidden, calls=calls)
-            )
-    finally:
-        handle.remove()
-    return lower
+        finally:
+            handle.remove()
+        calls = without_cache(trace.calls)
+        yield Lower(rows=chosen, layer=layer, key=keys.pop(), value=trace.value, hidden=trace.hidden, calls=calls)
 
 
 def run_upper(adapter: Adapter, lower: Lower, changes: Mapping[int, Change]) -> Tensor:

@@ -149,9 +149,9 @@ def test_the_update_is_the_sum_over_tokens_of_all_requests(trained, monkeypatch)
     expected = dict.fromkeys(LAYERS, 0)
     for request in requests.requests:  # one at a time
         rows = encode(model.tokenizer, [request.text], [request.target_new])
-        gradients = token_gradients(model, run_lower(model, [rows[0].ids], LAYERS[0]), rows, LAYERS)
+        (gradients,) = token_gradients(model, run_lower(model, [rows[0].ids], LAYERS[0]), rows, LAYERS)
         for layer in LAYERS:
-            for u, delta in zip(gradients[layer][0].u.double(), gradients[layer][0].delta.double(), strict=True):
+            for u, delta in zip(gradients.u[layer].double(), gradients.delta[layer].double(), strict=True):
                 u, delta = hypernetwork(layer, u[None], delta[None])
                 expected[layer] = expected[layer] + torch.outer(delta[0], u[0])
     found = {layer: -gradient for step in seen.steps for layer, gradient in step.items()}

@@ -22,9 +22,10 @@ from tests.editors.test_base import (
     state,
     trainer,
 )
+from tests.editors.test_fine_tuning import facts as long_facts
 from tests.editors.test_interruptions import FailsOnce, SavesInTheMiddle
 from tests.editors.test_memit import relative
-from tests.solving.test_gradients import naive
+from tests.solving.test_token_gradients import naive
 
 assert _own_cache  # a fixture of every test here
 
@@ -46,7 +47,7 @@ def keys_and_gradients(editor, batch):
 def test_each_layer_s_update_is_the_paper_s(tmp_path, monkeypatch, family):
     editor = ultraedit(model=tiny.model(family))
     updates = record_updates(editor, monkeypatch)
-    fit(editor, facts(tmp_path, batch_size=2), limit_val_batches=0)
+    fit(editor, long_facts(tmp_path, batch_size=2), limit_val_batches=0)
     editor.restore()
     seen = {1: [], 2: []}
     assert [layer for layer, *_ in updates] == [1, 2, 1, 2]

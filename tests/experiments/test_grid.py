@@ -146,6 +146,7 @@ def test_skipped_and_chosen_cells():
         ("axes: {more: [1, 2]}", "the axis more has to be a mapping"),
         ("axes: {more: {a: 3}}", "more: a has to be a mapping"),
         ("axes: {more: {no: {}}}", "reads the name of a level of more as False: put it in quotes"),
+        ("axes: {edits: {10: {}}}", "columns of its own called edits"),
         ("axes: {more: {RECT 40: {}, rect-40: {}}}", "share a folder: without-c_none_seed-0_rect-40"),
         ("axes: {more: {'?!': {}}}", "no letter or number"),
         ("axes: {more: {a: {}, a: {}}}", "a stands twice"),

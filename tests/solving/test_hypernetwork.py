@@ -27,7 +27,7 @@ def naive_update(network, layer, us, deltas, seen):
     of = {3: ("4x6", 0), 5: ("4x6", 1), 8: ("3x5", 0)}[layer]
     g, total = network.networks[of[0]], 0
     for u, delta in zip(us, deltas, strict=True):
-        z = torch.cat([(x - s.mean(0)) / (s.std(0) + 1e-7) for x, s in zip((u, delta), seen, strict=True)])
+        z = torch.cat([(x - s.mean(0)) / (s.std(0) + 2**-23) for x, s in zip((u, delta), seen, strict=True)])
         for part in (g.first, g.second):
             inner = part.u @ (part.v @ z) + part.bias
             z = z + torch.relu(part.scale[of[1]] * inner + part.shift[of[1]])

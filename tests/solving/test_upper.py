@@ -8,7 +8,6 @@ import torch
 from rect_lightning.models import adapter_for
 from rect_lightning.models.encoding import encode
 from rect_lightning.solving.likelihood import divergence, negative_log_likelihood, places
-from rect_lightning.solving.token_gradients import token_gradients
 from rect_lightning.solving.upper import run_lower, run_upper
 from tests import tiny
 from tests.solving.naive_values import doubled
@@ -17,8 +16,8 @@ PROMPTS = ["The mother tongue of Danielle Darrieux is", "Paris", "The sport of L
 TARGETS = ["the city of Paris", "Madrid", "so. I know"]
 
 
-def setting(family, *, bos=False):
-    adapter = doubled(tiny.adapter(family, bos=bos))
+def setting(family):
+    adapter = doubled(tiny.adapter(family))
     return adapter, encode(adapter.tokenizer, PROMPTS, TARGETS)
 
 
@@ -55,26 +54,6 @@ def test_changes_are_those_of_the_weights(family, layers, budget):
                 torch.testing.assert_close(found[j, : ids.shape[1]], whole, atol=1e-5, rtol=1e-4)
         seen += batch.rows
     assert sorted(seen) == [0, 1, 2]
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-@pytest.mark.parametrize("bos", [False, True])
-def test_token_gradients_sum_to_the_gradient_of_the_weight(family, bos):
-    adapter, rows = setting(family, bos=bos)
-    layers = [1, 3]
-    found = token_gradients(adapter, run_lower(adapter, [r.ids for r in rows], 1, budget=20), rows, layers)
-    for layer in layers:
-        adapter.weight(layer).requires_grad_()
-    for i, row in enumerate(rows):
-        log_probs = adapter.model(torch.tensor([row.ids])).logits[0].float().log_softmax(-1)
-        loss = -torch.stack([log_probs[j - 1, row.ids[j]] for j in range(row.target, len(row.ids))]).mean()
-        weights = [adapter.weight(layer) for layer in layers]
-        for layer, gradient in zip(layers, torch.autograd.grad(loss, weights), strict=True):
-            part = found[layer][i]
-            assert 0 < len(part.u) == len(part.delta) < len(row.ids)
-            torch.testing.assert_close(
-                part.delta.T @ part.u, adapter.oriented(layer, gradient).float(), atol=1e-6, rtol=1e-4
-            )
 
 
 @pytest.mark.parametrize("loss", ["target", "last", "all"])
