@@ -55,7 +55,9 @@ class Grid:
         if not self.axes or empty:
             raise ValueError(f"The grid {self.name} needs axes with at least one level each; empty: {empty or 'axes'}.")
         if taken := self.axes.keys() & set(COLUMNS):
-            raise ValueError(f"The table has columns of its own called {', '.join(sorted(taken))}: give the axes other names.")
+            raise ValueError(
+                f"The table has columns of its own called {', '.join(sorted(taken))}: give the axes other names."
+            )
         for chosen in self.skip:
             self._check_levels("skip", chosen)
         names = Counter(cell.name.casefold() for cell in self.cells())
