@@ -38,7 +38,7 @@ class NullSpace(LinearRegulariser):
         ValueError: energy is no share, or there is no threshold either.
     """
 
-    own_options = ("threshold", "energy")
+    own_options = ("threshold", "energy", "files", "moments")
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class NullSpace(LinearRegulariser):
     def _second_moments(self, module: Any) -> dict[str, Tensor]:
         if self.files is not None:
             return {name: self._read(name, path) for name, path in self.files.items()}
-        if getattr(module, "adapter", None) is None:
+        if not hasattr(module, "clean_weights"):
             raise ValueError(
                 f"{type(module).__name__} is no editor, whose layers' keys are known: give NullSpace `files` of second moments."
             )

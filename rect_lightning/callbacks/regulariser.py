@@ -272,14 +272,11 @@ class Regulariser(Callback, ABC):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Regularise what is to be measured."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._close_early(ending=_is_ending(trainer))
+            self._close_early(ending=_is_ending(trainer) or _is_stopped(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Regularise what is to be saved, also where a run was stopped; Lightning's checkpoint callbacks come after this."""
-        enough = trainer.current_epoch + 1 >= (trainer.min_epochs or 0) and trainer.global_step >= (
-            trainer.min_steps or 0
-        )
-        self._close_early(ending=_is_ending(trainer) or (trainer.should_stop and enough))
+        self._close_early(ending=_is_ending(trainer) or _is_stopped(trainer))
 
     # After a run -------------------------------------------------------------------------------------------------
 
@@ -360,6 +357,12 @@ def _is_ending(trainer: Trainer) -> bool:
     """Whether a run has made its last batch, as far as its length tells."""
     last_epoch = 0 < (trainer.max_epochs or 0) <= trainer.current_epoch + 1
     return 0 < trainer.max_steps <= trainer.global_step or (trainer.is_last_batch and last_epoch)
+
+
+def _is_stopped(trainer: Trainer) -> bool:
+    """Whether a run has been told to stop and will."""
+    enough = trainer.current_epoch + 1 >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
+    return trainer.should_stop and enough
 
 
 def _tenth(trainer: Trainer) -> int:

@@ -101,13 +101,13 @@ class Editor(LightningModule, ABC):
         """Refuse what the Trainer asks for and editing cannot honour, before anything is loaded, and make checkpoints safe.
 
         Raises:
-            ValueError: The precision would take the edited weights out of fp32.
+            ValueError: The precision would take the edited weights out of fp32, or data are held out.
             RuntimeError: There are several processes, under another strategy than ddp.
         """
-        if str(self.trainer.precision) not in _PRECISIONS:
+        check_precision(self.trainer)
+        if stage == "fit" and getattr(getattr(self.trainer, "datamodule", None), "held_out", False):
             raise ValueError(
-                f"trainer.precision={self.trainer.precision} would take the edited weights out of fp32, in which updates are "
-                f"exact; use one of {', '.join(_PRECISIONS)}."
+                "data.held_out is for training a hypernetwork; an editor measures what it edited: set it to 0."
             )
         if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, DDPStrategy):
             raise RuntimeError(
@@ -229,12 +229,7 @@ class Editor(LightningModule, ABC):
                 f"trainer.max_steps={trainer.max_steps} counts optimizer steps, of which an edit operation makes {each}: "
                 f"the fit ends with operation {-(-trainer.max_steps // each)} at the latest, which is made whole."
             )
-        data = getattr(trainer, "datamodule", None)
-        if getattr(data, "held_out", 0):
-            raise ValueError(
-                "data.held_out is for training a hypernetwork; an editor measures what it edited: set it to 0."
-            )
-        check_requests(self.model, getattr(data, "requests", []), wild=self.wild)
+        check_requests(self.model, getattr(getattr(trainer, "datamodule", None), "requests", []), wild=self.wild)
         with self.clean_weights(), self._full_precision():
             self.prepare()
 
@@ -336,11 +331,17 @@ class Editor(LightningModule, ABC):
             self.trainer.should_stop = True  # Lightning ends a fit without validation otherwise
         if self.mode == "single":
             try:
-                self._refuse_unchanged()
+                if not self.abstained:
+                    self._refuse_unchanged()
                 with self._full_precision():
                     self.measurement.add(self, batch)
             finally:
                 self.restore()
+
+    @property
+    def abstained(self) -> bool:
+        """Whether the method itself found nothing to edit in this operation, which single mode measures as it is."""
+        return False
 
     def on_train_epoch_end(self) -> None:
         """In single mode, log the metrics, which do not wait for a validation."""
@@ -443,3 +444,16 @@ class Editor(LightningModule, ABC):
     def provenance(self) -> dict[str, Any]:
         """What the edited weights come from, in plain values."""
         return checkpoints.provenance(self)
+
+
+def check_precision(trainer: Any) -> None:
+    """Refuse what is not fp32 for weights.
+
+    Raises:
+        ValueError: The Trainer's precision is another one.
+    """
+    if str(trainer.precision) not in _PRECISIONS:
+        raise ValueError(
+            f"trainer.precision={trainer.precision} would take the edited weights out of fp32, in which updates are "
+            f"exact; use one of {', '.join(_PRECISIONS)}."
+        )

@@ -58,8 +58,8 @@ def load(editor: Editor, checkpoint: dict[str, Any]) -> None:
     """Check that a checkpoint is one of this base model and these layers, and go on counting where it stopped.
 
     Raises:
-        ValueError: It is not a whole edit checkpoint, one of another base model or other layers, or a fit would go on
-            from it with other data.
+        ValueError: It is not a whole edit checkpoint, one of another base model, other layers or another editor, or a
+            fit would go on from it with other data.
     """
     told = checkpoint.get(KEY)
     if told is None or "editor" not in told:
@@ -69,6 +69,8 @@ def load(editor: Editor, checkpoint: dict[str, Any]) -> None:
             f"This checkpoint edits {told['base']['name']} (weights {told['fingerprint'][:12]}); the model loaded is "
             f"{editor.base.name} (weights {editor.fingerprint[:12]}). Load it with the base model it was made from."
         )
+    if told["editor"] != type(editor).__name__:
+        raise ValueError(f"This checkpoint is one of {told['editor']}, the configuration says {type(editor).__name__}.")
     if told["layers"] != editor.layers:
         raise ValueError(f"This checkpoint edits layers {told['layers']}, the configuration says {editor.layers}.")
     missing = {weight_name(editor, layer) for layer in editor.layers} - checkpoint["state_dict"].keys()

@@ -72,6 +72,7 @@ class FineTuning(Editor):
             raise ValueError(
                 "norm_box limits the entries of a matrix, and with a rank its factors are trained: give one."
             )
+        self._steps_made = 0
         self.loss, self.steps, self.lr, self.norm_box, self.rank, self.stop = loss, steps, lr, norm_box, rank, stop
 
     def begin(self, requests: Sequence[EditRequest]) -> dict[int, Tensor]:
@@ -87,7 +88,7 @@ class FineTuning(Editor):
             read = [places([mine[i] for i in batch.rows], self.loss, self.device) for batch in lower]
         updates = {layer: self._factors(layer) for layer in self.layers}
         trained = [factor for factors in updates.values() for factor in factors]
-        adam = Adam(trained, lr=self.lr)
+        adam, self._steps_made = Adam(trained, lr=self.lr), 0
         for _ in track(range(self.steps), "fine-tuning", show=self.show_progress, unit="step"):
             with self.processes.together():
                 loss, gradients = self._loss_and_gradients(lower, read, updates, 1 / len(rows))
@@ -99,11 +100,17 @@ class FineTuning(Editor):
             for factor, gradient in zip(trained, gradients, strict=True):
                 factor.grad = self.processes.sum(gradient)
             adam.step()
+            self._steps_made += 1
             if self.norm_box is not None:
                 for factor in trained:
                     factor.data.clamp_(-self.norm_box, self.norm_box)
         self.log("edit/loss", loss, batch_size=len(requests))
         return {layer: reduce(torch.matmul, factors).detach() for layer, factors in updates.items()}
+
+    @property
+    def abstained(self) -> bool:
+        """Whether the model knew the targets already."""
+        return self._steps_made == 0
 
     def compute_update(self, layer: int, requests: Sequence[EditRequest], state: dict[int, Tensor]) -> Tensor:
         """What training has made of this layer, ``[out, in]``."""

@@ -156,7 +156,7 @@ class KN(Prefixed):
         update = (self.new_weight * new - self.old_weight * old).T @ neurons
         return update * weight.norm(dim=0) if self.scale == "column" else update
 
-    def _refuse_unchanged(self) -> None:
-        # in single mode a request without knowledge neurons is a failed edit among others
-        if self.mode == "sequential" or self._located_any:
-            super()._refuse_unchanged()
+    @property
+    def abstained(self) -> bool:
+        """Whether no request had knowledge neurons: a failed edit among others."""
+        return not self._located_any

@@ -108,7 +108,7 @@ class MEND(Editor):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep which hypernetwork was used."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[KEY]["hypernetwork_sha256"] = self._trained[KEY]["sha256"]
+        checkpoint[KEY]["hypernetwork_sha256"] = self._trained.get(KEY, {}).get("sha256")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with another hypernetwork.

@@ -16,6 +16,7 @@ from torch.optim import Adam, Optimizer
 
 from rect_lightning.checkpoint_io import KEY, EditCheckpointIO
 from rect_lightning.data.request import EditRequest
+from rect_lightning.editors.base import check_precision
 from rect_lightning.editors.checkpoints import rewind
 from rect_lightning.editors.mend import edited_shapes
 from rect_lightning.metrics import check_requests
@@ -113,6 +114,7 @@ class MENDTraining(LightningModule):
         Raises:
             ValueError: Nothing is held out, or there are several processes.
         """
+        check_precision(self.trainer)
         if self.trainer.world_size > 1:
             raise ValueError("Every process would train on the same batches: set trainer.devices to 1.")
         if stage == "fit" and getattr(self.trainer.datamodule, "held_out", None) == 0:  # type: ignore[attr-defined]
@@ -184,7 +186,9 @@ class MENDTraining(LightningModule):
 
     def validation_step(self, batch: list[EditRequest], batch_idx: int) -> None:
         """The mean loss of edits that are not trained on."""
-        with torch.inference_mode(False):  # editing takes gradients
+        if self.trainer.sanity_checking:
+            return  # which comes before the first tokens that it could normalise by
+        with torch.inference_mode(False), torch.no_grad():  # editing takes gradients, and asks for them itself
             self._logged(batch, "val")
 
     def on_fit_end(self) -> None:

@@ -24,7 +24,8 @@ def null_space_projector(c: Tensor, *, threshold: float | None = 0.02, energy: f
         ``P``, ``[n, n]`` float64, on the device of ``c``, symmetric and with ``P P = P``.
 
     Raises:
-        ValueError: C is no finite square matrix, neither threshold nor energy is given, or no eigenvector is small enough.
+        ValueError: C is no finite square matrix, neither threshold nor energy is given, no eigenvector is small enough,
+            or all are below the threshold.
     """
     if c.ndim != 2 or c.shape[0] != c.shape[1] or not c.isfinite().all():
         raise ValueError(f"Second moments are a finite square matrix; got one of shape {list(c.shape)}.")
@@ -43,6 +44,11 @@ def null_space_projector(c: Tensor, *, threshold: float | None = 0.02, energy: f
         raise ValueError(
             f"No eigenvalue of the second moments is small enough for {limit}: they go from {float(values[0]):.3g} to "
             f"{float(values[-1]):.3g}, so nothing of an update would be left. Give a larger one."
+        )
+    if energy is None and small.all():
+        raise ValueError(
+            f"All eigenvalues of the second moments are below threshold {threshold:g}: they go from {float(values[0]):.3g} to "
+            f"{float(values[-1]):.3g}, so nothing would be projected away. Give a smaller one."
         )
     basis = vectors[:, small]
     return basis @ basis.T

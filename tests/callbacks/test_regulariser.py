@@ -12,8 +12,9 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
+from torch.utils.data import DataLoader
 
-from rect_lightning.callbacks import RECT
+from rect_lightning.callbacks import RECT, Shrink
 from rect_lightning.callbacks.changes import WeightChange
 from rect_lightning.callbacks.parameters import refuse_sharded, refuse_sharded_strategy
 from rect_lightning.callbacks.regulariser import Regulariser
@@ -579,3 +580,23 @@ torch.save({{"start": start, "end": weights(module)}}, {str(tmp_path)!r} + f"/{{
     alone = copy.deepcopy(Model(adamw))
     fit(alone, RECT(0.3), steps=4)
     assert not torch.equal(weights(alone)["layers.1.weight"], first["end"]["layers.1.weight"])  # both halves counted
+
+
+def test_what_a_stopped_run_validates_is_what_it_leaves():
+    class Validated(Model):
+        measured = None
+
+        def val_dataloader(self):
+            return DataLoader(BATCHES, batch_size=4)
+
+        def validation_step(self, batch, batch_idx):
+            self.measured = weights(self)
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = batch_idx == 2
+
+    module = Validated(adamw)
+    fit(module, Shrink(0.5, scope="run", start_step=10**9), Stop(), steps=8, num_sanity_val_steps=0)
+    assert module.measured is not None
+    assert all(torch.equal(module.measured[name], weight) for name, weight in weights(module).items())

@@ -12,7 +12,7 @@ from rect_lightning.data import EditData
 from rect_lightning.editors import FineTuning
 from rect_lightning.models import Source
 from tests import tiny
-from tests.editors.test_base import FAMILIES, RECORDS, Recorder, fit, identical, opinionated, state, trainer
+from tests.editors.test_base import FAMILIES, RECORDS, Recorder, fit, identical, memit, opinionated, state, trainer
 from tests.solving.test_relative_change import naive_mask
 
 # targets of several tokens and prompts of several lengths
@@ -202,3 +202,17 @@ def test_a_loss_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
 def test_refuses_numbers_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         FineTuning(base=Source(name="tiny"), layers=[1], **options)
+
+
+def test_single_mode_measures_what_the_model_knew_already(tmp_path):
+    editor = fine_tuning(mode="single", stop=1000.0)
+    fit(editor, facts(tmp_path, batch_size=1))
+    assert editor.results["after"] == pytest.approx(editor.results["before"])
+
+
+def test_a_checkpoint_of_another_editor_is_refused_by_name(tmp_path):
+    editor = fine_tuning()
+    run = fit(editor, facts(tmp_path))
+    run.save_checkpoint(tmp_path / "fine_tuning.ckpt")
+    with pytest.raises(ValueError, match="one of FineTuning, the configuration says MEMIT"):
+        trainer().fit(memit(tmp_path), facts(tmp_path), ckpt_path=tmp_path / "fine_tuning.ckpt")

@@ -94,6 +94,16 @@ def train(folder, module, *callbacks, **options):
     return run
 
 
+def test_a_plain_trainer_may_check_validation_first(tmp_path):
+    train(tmp_path, training(), max_epochs=1, num_sanity_val_steps=2)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_training_is_in_fp32(tmp_path, precision):
+    with pytest.raises(ValueError, match=precision):
+        train(tmp_path, training(), precision=precision)
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def trained(request, tmp_path_factory):
     """A hypernetwork trained on 32 of the requests, with what it logged before and after."""

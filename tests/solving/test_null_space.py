@@ -16,7 +16,6 @@ def moments(values):
     [
         ({}, 2),
         ({"threshold": 0.3}, 3),
-        ({"threshold": 100.0}, 5),
         ({"energy": 0.0025}, 1),  # of a trace of 4.012, which is 0.01003
         ({"energy": 0.1}, 3),
         ({"threshold": None, "energy": 1.0}, 5),
@@ -46,6 +45,7 @@ def test_keys_outside_it_keep_their_values():
     ("c", "options", "message"),
     [
         (torch.eye(3), {}, r"go from 1 to 1, so nothing .* larger"),
+        (0.001 * torch.eye(3), {}, r"All .* from 0.001 to 0.001, so nothing .* smaller"),
         (torch.eye(3), {"energy": 0.1}, "energy 0.1"),
         (torch.eye(3), {"energy": 1.5}, "from 0 to 1"),
         (torch.eye(3), {"threshold": None}, "threshold of the eigenvalues or an energy"),
