@@ -1,27 +1,25 @@
 """An editor as a LightningModule: one batch of requests is one edit operation, each step of the optimizer an update."""
 
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from rect_lightning.checkpoint_io import EditCheckpointIO
 from rect_lightning.data.prose import prose_path
 from rect_lightning.data.request import EditRequest
 from rect_lightning.editors import checkpoints
+from rect_lightning.editors.base_model import BaseModelModule
 from rect_lightning.editors.measure import Measurement, relative_changes, with_perplexity
 from rect_lightning.editors.undoing import Beginning
 from rect_lightning.metrics import Wild, check_requests
-from rect_lightning.models import Adapter, Source, adapter_for
+from rect_lightning.models import Source, adapter_for
 from rect_lightning.models.fingerprint import weights_fingerprint
 from rect_lightning.processes import Processes
 from rect_lightning.solving.relative_change import change_statistics, relative_change
@@ -30,10 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-
-
-class Editor(LightningModule, ABC):
+class Editor(BaseModelModule):
     """What all editing methods share; a method adds `compute_update`.
 
     Optimisation is manual. For each edited layer a surrogate loss whose gradient is exactly ``-ΔW`` is differentiated and
@@ -60,8 +55,6 @@ class Editor(LightningModule, ABC):
         FileNotFoundError: There is no such text.
     """
 
-    adapter: Adapter | None
-
     def __init__(
         self,
         *,
@@ -74,16 +67,14 @@ class Editor(LightningModule, ABC):
         prose: str | None = "prose",
         wild: Wild | bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(base=base, layers=layers)
         if strength <= 0:
             raise ValueError(f"strength scales the update and must be positive; got {strength}.")
         if prose is not None:
             prose_path(prose)
         self.automatic_optimization = False
-        self.strict_loading = False  # a checkpoint holds the edited weights alone
-        self.base, self.layers, self.mode, self.step_per, self.strength = base, list(layers), mode, step_per, strength
+        self.mode, self.step_per, self.strength = mode, step_per, strength
         self.statistics = list(statistics)
-        self.adapter = None
         self.clean: dict[int, Tensor] = {}
         self.operations = 0
         self.done: list[str] = []
@@ -104,8 +95,8 @@ class Editor(LightningModule, ABC):
             ValueError: The precision would take the edited weights out of fp32, or data are held out.
             RuntimeError: There are several processes, under another strategy than ddp.
         """
-        check_precision(self.trainer)
-        if stage == "fit" and getattr(getattr(self.trainer, "datamodule", None), "held_out", False):
+        super().setup(stage)
+        if stage == "fit" and getattr(self.data_module, "held_out", False):
             raise ValueError(
                 "data.held_out is for training a hypernetwork; an editor measures what it edited: set it to 0."
             )
@@ -114,15 +105,8 @@ class Editor(LightningModule, ABC):
                 f"An update is computed from whole weights, which {type(self.trainer.strategy).__name__} may split over its "
                 f"{self.trainer.world_size} processes: set trainer.strategy to ddp, or trainer.devices to 1."
             )
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's stays
-            self.trainer.strategy.checkpoint_io = EditCheckpointIO()
 
     # The model ---------------------------------------------------------------------------------------------------
-
-    def configure_model(self) -> None:
-        """Load the base model, once."""
-        if self.adapter is None:
-            self.attach(*self.base.load())
 
     def attach(self, network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         """Edit this model, instead of loading `base`. Its weights as they stand now count as the clean ones.
@@ -150,17 +134,6 @@ class Editor(LightningModule, ABC):
         self.operations, self.done, self.memory, self.unfinished = 0, [], {}, None
         self.fingerprint = weights_fingerprint(network)
         self.clean = {layer: adapter.weight(layer).detach().clone() for layer in self.layers}
-
-    @property
-    def model(self) -> Adapter:
-        """The loaded model's adapter.
-
-        Raises:
-            RuntimeError: Nothing is loaded yet.
-        """
-        if self.adapter is None:
-            raise RuntimeError("No model is loaded yet: the Trainer loads it, or call configure_model() or attach().")
-        return self.adapter
 
     @contextmanager
     def clean_weights(self) -> Iterator[None]:
@@ -218,7 +191,8 @@ class Editor(LightningModule, ABC):
         if self.mode == "single":
             self.measurement = Measurement()
             rank_zero_info(
-                "Single mode: the clean weights come back after each operation, and no checkpoint is written."
+                "Single mode: the clean weights come back after each operation, and no checkpoint is written. To keep the "
+                "edits, set model.mode to sequential."
             )
         if trainer.fast_dev_run:
             # so many operations, and not so many layers, to which Lightning limits optimizer steps as well
@@ -229,7 +203,7 @@ class Editor(LightningModule, ABC):
                 f"trainer.max_steps={trainer.max_steps} counts optimizer steps, of which an edit operation makes {each}: "
                 f"the fit ends with operation {-(-trainer.max_steps // each)} at the latest, which is made whole."
             )
-        check_requests(self.model, getattr(getattr(trainer, "datamodule", None), "requests", []), wild=self.wild)
+        check_requests(self.model, getattr(self.data_module, "requests", []), wild=self.wild)
         with self.clean_weights(), self._full_precision():
             self.prepare()
 
@@ -444,16 +418,3 @@ class Editor(LightningModule, ABC):
     def provenance(self) -> dict[str, Any]:
         """What the edited weights come from, in plain values."""
         return checkpoints.provenance(self)
-
-
-def check_precision(trainer: Any) -> None:
-    """Refuse what is not fp32 for weights.
-
-    Raises:
-        ValueError: The Trainer's precision is another one.
-    """
-    if str(trainer.precision) not in _PRECISIONS:
-        raise ValueError(
-            f"trainer.precision={trainer.precision} would take the edited weights out of fp32, in which updates are "
-            f"exact; use one of {', '.join(_PRECISIONS)}."
-        )

@@ -17,6 +17,7 @@ from rect_lightning.provenance import options, versions
 
 if TYPE_CHECKING:
     from rect_lightning.editors.base import Editor
+    from rect_lightning.editors.base_model import BaseModelModule
 
 
 class NoCheckpoints(Callback):
@@ -89,14 +90,9 @@ def weight_name(editor: Editor, layer: int) -> str:
 
 def provenance(editor: Editor) -> dict[str, Any]:
     """What the edited weights come from, in plain values."""
-    base = dataclasses.asdict(editor.base)
-    if Path(base["name"]).expanduser().exists():
-        base["name"] = str(Path(base["name"]).expanduser().resolve())  # to be found from elsewhere
-    # of a hub model, what "main" was when it was loaded
-    base["commit"] = getattr(editor.network.config, "_commit_hash", None)
     return {
         "editor": type(editor).__name__,
-        "base": base,
+        "base": base_of(editor),
         "fingerprint": editor.fingerprint,
         "layers": editor.layers,
         "mode": editor.mode,
@@ -107,6 +103,16 @@ def provenance(editor: Editor) -> dict[str, Any]:
         "config": _config(editor),
         "versions": versions(),
     }
+
+
+def base_of(module: BaseModelModule) -> dict[str, Any]:
+    """The base model in plain values, so that it can be found from elsewhere."""
+    base = dataclasses.asdict(module.base)
+    if Path(base["name"]).expanduser().exists():
+        base["name"] = str(Path(base["name"]).expanduser().resolve())
+    # of a hub model, what "main" was when it was loaded
+    base["commit"] = getattr(module.model.model.config, "_commit_hash", None)
+    return base
 
 
 def _config(editor: Editor) -> dict[str, Any]:

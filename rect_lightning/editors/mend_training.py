@@ -2,25 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Adam, Optimizer
 
-from rect_lightning.checkpoint_io import KEY, EditCheckpointIO
+from rect_lightning.checkpoint_io import KEY
 from rect_lightning.data.request import EditRequest
-from rect_lightning.editors.base import check_precision
-from rect_lightning.editors.checkpoints import rewind
+from rect_lightning.editors.base_model import BaseModelModule
+from rect_lightning.editors.checkpoints import base_of, rewind
 from rect_lightning.editors.mend import edited_shapes
 from rect_lightning.metrics import check_requests
-from rect_lightning.models import Adapter, Source, adapter_for
+from rect_lightning.models import Source, adapter_for
 from rect_lightning.models.encoding import Row, encode
 from rect_lightning.models.fingerprint import weights_fingerprint
 from rect_lightning.provenance import options, versions
@@ -46,7 +44,7 @@ class _Probes:
         return self.shares[batch.rows]
 
 
-class MENDTraining(LightningModule):
+class MENDTraining(BaseModelModule):
     """Trains a hypernetwork for `MEND`, by gradient descent through the edits that it makes.
 
     The loss of an edit is ``edit_weight · NLL(target | prompt and paraphrases) + locality_weight · KL(before ‖ after)``, the
@@ -65,15 +63,13 @@ class MENDTraining(LightningModule):
         edits: How many requests are edited together; a batch holds one such edit after the other.
         edit_weight: The weight of the edit's own loss.
         locality_weight: The weight of what else changes.
-        lr: Adam's learning rate. The paper trains for days with 1e-6.
+        lr: Adam's learning rate.
         edit_lr: What the edits' own learning rate starts at, for each layer.
         lr_lr: Adam's learning rate of the logarithms of the edits' learning rates.
 
     Raises:
         ValueError: A number is out of range.
     """
-
-    adapter: Adapter | None
 
     def __init__(
         self,
@@ -88,7 +84,7 @@ class MENDTraining(LightningModule):
         edit_lr: float = 1e-4,
         lr_lr: float = 1e-2,
     ) -> None:
-        super().__init__()
+        super().__init__(base=base, layers=layers)
         numbers = {
             "rank": rank,
             "edits": edits,
@@ -102,25 +98,29 @@ class MENDTraining(LightningModule):
                 raise ValueError(f"{name} must be positive; got {value}.")
         if locality_weight < 0:
             raise ValueError(f"locality_weight must not be negative; got {locality_weight}.")
-        self.strict_loading = False  # a checkpoint holds the hypernetwork alone
-        self.base, self.layers, self.rank, self.edits = base, list(layers), rank, edits
+        self.rank, self.edits = rank, edits
         self.edit_weight, self.locality_weight = edit_weight, locality_weight
         self.lr, self.edit_lr, self.lr_lr = lr, edit_lr, lr_lr
-        self.adapter = None
 
     def setup(self, stage: str) -> None:
         """Refuse data that cannot be validated with, or are handed to several processes, before anything is loaded.
 
         Raises:
-            ValueError: Nothing is held out, or there are several processes.
+            ValueError: Nothing is held out, batches are no whole number of edits, or there are several processes.
         """
-        check_precision(self.trainer)
+        super().setup(stage)
         if self.trainer.world_size > 1:
             raise ValueError("Every process would train on the same batches: set trainer.devices to 1.")
-        if stage == "fit" and getattr(self.trainer.datamodule, "held_out", None) == 0:  # type: ignore[attr-defined]
+        if stage != "fit":
+            return
+        if getattr(self.data_module, "held_out", None) == 0:
             raise ValueError("A hypernetwork is validated on requests that it is not trained on: set data.held_out.")
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            self.trainer.strategy.checkpoint_io = EditCheckpointIO()
+        for name in ("batch_size", "eval_batch_size"):
+            size = getattr(self.data_module, name, self.edits)
+            if size % self.edits:
+                raise ValueError(
+                    f"data.{name}={size} must be a multiple of model.edits={self.edits}: a batch is cut into edits."
+                )
 
     def configure_callbacks(self) -> list[Callback]:
         """Keep the hypernetwork with the lowest validation loss, and the last one."""
@@ -130,11 +130,6 @@ class MENDTraining(LightningModule):
             ModelCheckpoint(monitor="val/loss", filename="best", **options),
             ModelCheckpoint(filename="last", **options),
         ]
-
-    def configure_model(self) -> None:
-        """Load the base model and build the hypernetwork, once."""
-        if self.adapter is None:
-            self.attach(*self.base.load())
 
     def attach(self, network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         """Train for this model, instead of loading `base`.
@@ -150,17 +145,6 @@ class MENDTraining(LightningModule):
         shapes = {layer: (o, i) for layer, (o, i) in zip(self.layers, self.shapes.values(), strict=True)}
         self.hypernetwork = Hypernetwork(shapes, rank=self.rank, edit_lr=self.edit_lr)
 
-    @property
-    def model(self) -> Adapter:
-        """The loaded model's adapter.
-
-        Raises:
-            RuntimeError: Nothing is loaded yet.
-        """
-        if self.adapter is None:
-            raise RuntimeError("No model is loaded yet: the Trainer loads it, or call configure_model() or attach().")
-        return self.adapter
-
     def configure_optimizers(self) -> Optimizer:
         """Adam, with a learning rate of its own for the edits' learning rates."""
         networks = {"params": list(self.hypernetwork.networks.parameters()), "lr": self.lr}
@@ -172,7 +156,7 @@ class MENDTraining(LightningModule):
         Raises:
             ValueError: They have no neighbours, which locality is learned from.
         """
-        requests = getattr(getattr(self.trainer, "datamodule", None), "requests", [])
+        requests = getattr(self.data_module, "requests", [])
         check_requests(self.model, requests)
         if requests and self.locality_weight and not any(request.neighbours for request in requests):
             raise ValueError(
@@ -266,13 +250,10 @@ class MENDTraining(LightningModule):
             rewind(checkpoint, progress.processed % int(batches))
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: x for name, x in state.items() if name.startswith("hypernetwork.")}
-        base = dataclasses.asdict(self.base)
-        if Path(base["name"]).expanduser().exists():
-            base["name"] = str(Path(base["name"]).expanduser().resolve())
         checkpoint[KEY] = {
             "hypernetwork": {"weights": self.shapes, "rank": self.rank},
             "layers": self.layers,
-            "base": base,
+            "base": base_of(self),
             "fingerprint": self.fingerprint,
             "config": {name: value for name, value in options(self).items() if name != "base"},
             "versions": versions(),

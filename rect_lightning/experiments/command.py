@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ def experiment(args: Sequence[str]) -> None:
         return
     from rect_lightning.experiments import collect, run_grid
 
+    _stop_as_by_ctrl_c()
     try:
         failed = [] if options.collect else run_grid(grid, jobs=options.jobs, only=only, rerun=options.rerun)
     except KeyboardInterrupt:
@@ -54,6 +56,14 @@ def experiment(args: Sequence[str]) -> None:
     if failed:
         tails = [f"{cell.name}, from {cell.log}:\n{_tail(cell)}" for cell in failed]
         sys.exit("\n\n".join([f"{len(failed)} cells failed:", *tails]))
+
+
+def _stop_as_by_ctrl_c() -> None:
+    """Let signals that end a process stop its cells first, unless they are ignored, as under nohup."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _only(words: Sequence[str]) -> dict[str, list[str]]:

@@ -30,7 +30,7 @@ class Grid:
 
     A cell's configuration is the base with the bases of its levels laid over it, then the common part, then its level of each
     axis, in order. What is laid over wins: mappings key by key, anything else as a whole. Except callbacks: those of the
-    levels are *added* to the common ones, which replace the bases'.
+    levels are *added* to the common ones, and those of the bases are left out wherever a grid names any of its own.
 
     Raises:
         ValueError: An axis has no levels, no cell is left, two have one folder, or ``skip`` names what is not there.
@@ -135,13 +135,17 @@ class Grid:
     def _config(self, levels: Mapping[str, str]) -> Config:
         chosen = [dict(self.axes[axis][level]) for axis, level in levels.items()]
         bases = [level.pop("base", {}) for level in chosen]
-        config = reduce(merged, [_QUIET, self.base, *bases, self.common])
-        callbacks = sum(map(_callbacks, chosen), _callbacks(config))
-        config = reduce(merged, chosen, config)
-        config["trainer"] = {**config["trainer"], "callbacks": callbacks}
+        under = reduce(merged, [_QUIET, self.base, *bases])
+        callbacks = _callbacks(self.common) if self._names_callbacks() else _callbacks(under)
+        config = reduce(merged, [self.common, *chosen], under)
+        config["trainer"] = {**(config["trainer"] or {}), "callbacks": sum(map(_callbacks, chosen), callbacks)}
         config["trainer"].pop("logger", None)  # a cell's files go to the cell's folder
         config.pop("ckpt_path", None)
         return copy.deepcopy(config)
+
+    def _names_callbacks(self) -> bool:
+        levels = [level for levels in self.axes.values() for level in levels.values()]
+        return any("callbacks" in (config.get("trainer") or {}) for config in (self.common, *levels))
 
     def _check_levels(self, what: str, chosen: Mapping[str, Collection[str]]) -> None:
         for axis, levels in chosen.items():

@@ -131,9 +131,13 @@ def null_space_least_squares(
     """
     keys = keys.double()
     total = keys.T @ keys if past is None else past.to(keys.device) + keys.T @ keys
-    # keys that are not finite make an update that is not, which the editor refuses by the requests' names
-    factor = torch.linalg.cholesky_ex(total + ridge * torch.eye(len(total), dtype=total.dtype, device=total.device)).L
+    # what cannot be factored makes an update that is not finite, which the editor refuses by the requests' names
+    system = total.clone()
+    system.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(system)
     update = residuals.to(keys).T @ torch.cholesky_solve(keys.T, factor).T
+    if failed.item():
+        update.fill_(torch.nan)
     return update.to(residuals.device), total
 
 

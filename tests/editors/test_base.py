@@ -120,6 +120,13 @@ def identical(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def changed_names(before, editor):
+    """The names of all tensors of the model that are no longer what they were, bit for bit."""
+    after = editor.network.state_dict()
+    assert before.keys() == after.keys()
+    return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+
+
 def edited_names(editor):
     return {f"{editor.model.projection_name(layer)}.weight" for layer in editor.layers}
 

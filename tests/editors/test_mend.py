@@ -23,6 +23,8 @@ from tests.editors import test_base
 from tests.editors.test_base import (
     FAMILIES,
     Recorder,
+    changed_names,
+    edited_names,
     fit,
     identical,
     memit,
@@ -133,12 +135,11 @@ def test_training_reduces_the_loss_on_requests_it_has_not_seen(trained):
         assert lowest["val/locality_loss"] < 0.3, "the edits leave other texts' next tokens nearly alone"
 
 
+@pytest.mark.parametrize("trained", ["llama"], indirect=True)  # the other is trained for two epochs only
 @pytest.mark.parametrize("mode", ["single", "sequential"])
 def test_edits_hold_and_leave_other_prompts_alone(trained, mode):
     folder, best, family, _ = trained
     editor = mend(best, family, mode=mode)
-    if family != "llama":
-        pytest.skip("trained for two epochs only")
     unseen = {"offset": 32, "limit": 8} if mode == "single" else {"offset": 32, "limit": 1}
     fit(editor, data(folder, batch_size=1, **unseen))
     after, before = editor.results["after"], editor.results["before"]
@@ -146,6 +147,14 @@ def test_edits_hold_and_leave_other_prompts_alone(trained, mode):
     assert after["efficacy/token"] >= 0.7
     assert after["generalisation/token"] > before["generalisation/token"]
     assert editor.is_clean() == (mode == "single")
+
+
+def test_no_other_weight_changes(trained):
+    folder, best, family, _ = trained
+    editor = mend(best, family)
+    before = state(editor)
+    fit(editor, data(folder, limit=4, batch_size=2), RECT(0.4), limit_val_batches=0)
+    assert changed_names(before, editor) == edited_names(editor)
 
 
 def test_the_update_is_the_sum_over_tokens_of_all_requests(trained, monkeypatch):
@@ -337,6 +346,12 @@ def test_what_training_needs_is_told_before_it_starts(tmp_path):
         fit(training(), EditData(str(path), held_out=2))
     with pytest.raises(ValueError, match="held_out is 40 of 40 requests"):
         fit(training(), data(tmp_path, held_out=40))
+    for name in ("batch_size", "eval_batch_size"):
+        with pytest.raises(ValueError, match=rf"data\.{name}=6 must be a multiple of model\.edits=4"):
+            fit(
+                training(edits=4),
+                data(tmp_path, **({"held_out": 8, "batch_size": 8, "eval_batch_size": 8} | {name: 6})),
+            )
     with pytest.raises(ValueError, match=r"data\.held_out is for training a hypernetwork"):
         fit(memit(tmp_path), data(tmp_path, held_out=2))
 

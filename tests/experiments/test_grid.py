@@ -92,13 +92,11 @@ def test_a_level_s_base_is_laid_under_the_common_part(here):
         "over the grid's base, under the common part"
     )
     assert config["model"]["init_args"]["moments"] is None, "the level's own part is laid over"
-    assert [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]] == ["Own", "RECT"]
+    assert [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]] == ["RECT"]
     assert "base" not in config
     without = only(grid, editor="without C", regulariser="none", seed="0").config
     assert without["model"]["class_path"] == "rect_lightning.editors.ROME"
-    assert [callback["class_path"] for callback in without["trainer"]["callbacks"]] == [
-        "rect_lightning.callbacks.summary.Summary"
-    ]
+    assert without["trainer"]["callbacks"] == []
     with pytest.raises(FileNotFoundError, match=r"no file nowhere\.yaml here"):
         Grid.load("grid.yaml", "axes: {editor: {ROME: {base: nowhere.yaml}}}")
 
@@ -109,13 +107,14 @@ def test_cells_share_nothing():
     assert second.config["model"]["init_args"]["search"]["steps"] == 3
 
 
-def test_callbacks_of_levels_are_added_to_the_common_ones_which_replace_the_base_s():
+def test_callbacks_of_levels_are_added_to_the_common_ones_and_the_base_s_are_left_out():
     def names(*overlays, regulariser="RECT"):
         cell = only(Grid.load("grid.yaml", *overlays), editor="ROME", regulariser=regulariser, seed="0")
         return [callback["class_path"].rpartition(".")[2] for callback in cell.config["trainer"]["callbacks"]]
 
     common = yaml.safe_dump({"common": {"trainer": {"callbacks": [SIDE]}}})
-    assert names() == ["Summary", "RECT"]
+    assert names() == ["RECT"]
+    assert names(regulariser="none") == [], "where any level names callbacks, no cell has the base's"
     assert names(common) == ["SideEffects", "RECT"]
     assert names(common, regulariser="none") == ["SideEffects"]
     assert names("common: {trainer: {callbacks: []}}", regulariser="none") == []
