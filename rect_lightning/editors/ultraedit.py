@@ -44,6 +44,18 @@ class UltraEdit(Editor):
             raise ValueError(f"lr must be positive; got {lr}.")
         self.lr = lr
 
+    def setup(self, stage: str) -> None:
+        """Refuse edits of single requests that are alone in their statistics, besides what `Editor` refuses.
+
+        Raises:
+            ValueError: In single mode, a batch is one request.
+        """
+        super().setup(stage)
+        if stage == "fit" and self.mode == "single" and getattr(self.data_module, "batch_size", None) == 1:
+            raise ValueError(
+                "UltraEdit normalises by what it has seen, which in single mode is one operation: set data.batch_size above 1."
+            )
+
     def begin(self, requests: Sequence[EditRequest]) -> dict[int, tuple[Tensor, Tensor]]:
         """H and V of each layer.
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from rect_lightning.metrics.forward import check_lengths
 from rect_lightning.metrics.generation import (
     begins_with,
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Wild:
-    """How a model is asked; by default as in the paper's public code.
+    """How a model is asked; context and stops by default as in the paper's public code.
 
     Raises:
         ValueError: The context does not hold ``{}`` once, a stop is empty, or no token may be written.
@@ -98,7 +100,7 @@ def free_answers(
 
 
 def check_free(adapter: Adapter, prompts: Sequence[str], targets: Sequence[str], wild: Wild) -> None:
-    """Refuse what `free_answers` could not measure.
+    """Refuse what `free_answers` could not measure, and warn of targets that hold a stop.
 
     Raises:
         ValueError: A prompt is too long for the model's context, or a target for the answer.
@@ -112,3 +114,9 @@ def check_free(adapter: Adapter, prompts: Sequence[str], targets: Sequence[str],
                 f"The target {target!r} has {len(row.target_ids)} tokens, more than an answer may have: raise "
                 f"wild.max_new_tokens, now {wild.max_new_tokens}."
             )
+    cut = sorted({target for target in targets if not FreeAnswer(up_to_stop(target, wild.stops), target).exact})
+    if cut:
+        rank_zero_warn(
+            f"An answer ends at the first of {list(wild.stops)}, so {len(cut)} targets cannot be answered in full, such as "
+            f"{cut[0]!r}: set wild.stops."
+        )

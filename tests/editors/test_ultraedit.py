@@ -124,6 +124,11 @@ def test_a_single_token_is_refused(tmp_path):
     assert editor.memory == {}
 
 
+def test_operations_of_one_request_are_refused_in_single_mode(tmp_path):
+    with pytest.raises(ValueError, match=r"in single mode is one operation: set data\.batch_size above 1"):
+        fit(ultraedit(mode="single"), facts(tmp_path, batch_size=1))
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_failed_operation_leaves_nothing_in_the_statistics(tmp_path, monkeypatch, layer):
     editor, once = ultraedit(), ultraedit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -147,6 +148,16 @@ def test_refuses_what_it_could_not_measure_before_an_edit(tmp_path, tiny):
         fit(editor, facts(tmp_path, batch_size=2))
     assert editor.operations == 0
     assert editor.is_clean()
+
+
+def test_warns_of_targets_that_hold_a_stop(tiny):
+    louis = replace(REQUESTS[1], target_new="St. Louis")
+    with pytest.warns(UserWarning, match=r"1 targets cannot be answered in full, such as 'St\. Louis'"):
+        check_requests(tiny, [*REQUESTS, louis], wild=Wild())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_requests(tiny, [replace(louis, target_new="U.S.")], wild=Wild(stops=("\n",)))
+        check_requests(tiny, REQUESTS, wild=Wild())
 
 
 @pytest.mark.parametrize("mode", ["sequential", "single"])
