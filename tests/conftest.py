@@ -43,6 +43,12 @@ def tiny(request: pytest.FixtureRequest):
     return adapter(request.param)
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what a test puts into the cache out of the user's."""
+    monkeypatch.setenv("RECT_LIGHTNING_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.manual_seed(0)

@@ -17,9 +17,9 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from rect_lightning.checkpoint_io import EditCheckpointIO, read_checkpoint
 from rect_lightning.models.fingerprint import content_digest
-from tests.editors.test_base import _own_cache, facts, fit, memit, trainer
+from tests.editors.test_base import facts, fit, memit, trainer
 
-assert _own_cache  # a fixture of every test here
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def a_checkpoint(seed=0):

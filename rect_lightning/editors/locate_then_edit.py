@@ -13,6 +13,7 @@ from rect_lightning.data.request import EditRequest
 from rect_lightning.editors.prefixed import Prefixed
 from rect_lightning.models.fingerprint import tensor_digest
 from rect_lightning.solving.blocks import Tail
+from rect_lightning.solving.kept_values import kept_values
 from rect_lightning.solving.keys import SubjectStates, subject_states
 from rect_lightning.solving.moments import Moments, second_moments
 from rect_lightning.solving.solvers import Factored
@@ -29,6 +30,9 @@ class LocateThenEdit(Prefixed):
     Args:
         search: Hyper-parameters of the target value search.
         moments: Where the second moments C of the keys come from; null to leave C out.
+        reuse_values: Keep target values that start from the clean weights in the cache folder, and take them from there when
+            the same requests are searched for again with the same options, as where runs differ in their regulariser
+            alone. What such an edit is said to take, in seconds, is then without the search.
         **kwargs: The prefixes, over which keys and the search are averaged, and what every editor takes; see `Prefixed` and
             `Editor`.
     """
@@ -41,10 +45,11 @@ class LocateThenEdit(Prefixed):
         *,
         search: ValueSearch = ValueSearch(),  # noqa: B008 - frozen
         moments: Moments | None = Moments(),  # noqa: B008 - frozen
+        reuse_values: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.search, self.moments = search, moments
+        self.search, self.moments, self.reuse_values = search, moments, reuse_values
         self.factors: dict[int, Factored] = {}
         self.moments_digest: str | None = None
         self._moments_before: str | None = None  # those of the run that is resumed
@@ -108,18 +113,24 @@ class LocateThenEdit(Prefixed):
         return values
 
     def _search(self, requests: Sequence[EditRequest]) -> TargetValues:
-        def search(mine: Sequence[EditRequest]) -> TargetValues:
-            assert self.tail is not None
-            return search_values(
-                self.model,
-                self.tail,
-                search_rows(self.model, mine, self.templates),
-                self.search,
-                relative_to=self.relative_to if self.model.writes_to_stream else "value",
-                show_progress=self.show_progress,
-            )
+        relative_to = self.relative_to if self.model.writes_to_stream else "value"
+        keep = self.reuse_values and self.is_clean()
 
-        return self.processes.map(requests, search)
+        def values(mine: Sequence[EditRequest]) -> TargetValues:
+            assert self.tail is not None
+            tail, rows = self.tail, search_rows(self.model, mine, self.templates)
+
+            def search() -> TargetValues:
+                return search_values(
+                    self.model, tail, rows, self.search, relative_to=relative_to, show_progress=self.show_progress
+                )
+
+            if not keep:
+                return search()
+            folder = cache_dir() / "values" / self.fingerprint
+            return kept_values(folder, search, tail=tail, rows=rows, options=self.search, relative_to=relative_to)
+
+        return self.processes.map(requests, values)
 
     def _searched_ahead(self, requests: Sequence[EditRequest]) -> TargetValues:
         """Target values where every operation starts from the same weights: searched for many operations at once."""

@@ -13,7 +13,6 @@ from tests.callbacks.test_projections import restrained, suppressed
 from tests.callbacks.training import truncated
 from tests.editors.test_base import (
     FAMILIES,
-    _own_cache,
     facts,
     fit,
     identical,
@@ -24,8 +23,6 @@ from tests.editors.test_base import (
     trainer,
 )
 from tests.solving.test_relative_change import naive_mask
-
-assert _own_cache  # a fixture of every test here
 
 
 def projected(update, c, energy):

@@ -39,11 +39,6 @@ SEARCH = ValueSearch(steps=40, lr=0.5, weight_decay=0.0, clamp=100.0, kl=0.0, st
 FAMILIES = ("gpt2", "llama")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("RECT_LIGHTNING_CACHE", str(tmp_path / "cache"))
-
-
 def opinionated(family, **options):
     """A tiny model whose final norm is scaled, so that its probabilities are not all alike."""
     model = tiny.model(family, **options)

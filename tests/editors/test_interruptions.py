@@ -14,7 +14,6 @@ from rect_lightning.metrics import EditMetrics, evaluate
 from rect_lightning.solving.values import ValueSearch
 from tests import tiny
 from tests.editors.test_base import (
-    _own_cache,
     facts,
     fit,
     identical,
@@ -25,8 +24,6 @@ from tests.editors.test_base import (
     state,
     trainer,
 )
-
-assert _own_cache  # a fixture of every test here
 
 
 class FailsOnce(Callback):

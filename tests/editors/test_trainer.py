@@ -10,9 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rect_lightning.callbacks import RECT
-from tests.editors.test_base import _own_cache, facts, fit, identical, memit, rome, state
-
-assert _own_cache  # a fixture of every test here
+from tests.editors.test_base import facts, fit, identical, memit, rome, state
 
 
 def test_16_mixed_on_a_cpu_is_bf16_mixed_and_says_so(tmp_path):

@@ -12,7 +12,6 @@ from tests import tiny
 from tests.editors.test_base import (
     FAMILIES,
     Failing,
-    _own_cache,
     facts,
     fit,
     identical,
@@ -26,8 +25,6 @@ from tests.editors.test_fine_tuning import facts as long_facts
 from tests.editors.test_interruptions import FailsOnce, SavesInTheMiddle
 from tests.editors.test_memit import relative
 from tests.solving.test_token_gradients import naive
-
-assert _own_cache  # a fixture of every test here
 
 
 def ultraedit(family="llama", *, model=None, **options):

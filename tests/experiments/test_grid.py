@@ -262,13 +262,14 @@ def test_the_comparison_of_editors():
         options = cell.config["model"]["init_args"]
         assert cell.config["model"]["class_path"] == own["class_path"]
         assert {key for key in options if options[key] != own["init_args"].get(key)} <= (
-            {"mode", "moments", "key"} if editor == "R-ROME" else {"mode"}
+            {"mode", "wild"} | ({"moments", "key"} if editor == "R-ROME" else set())
         )
         assert (options["mode"], data["limit"]) == (
             ("single", 100) if requests == "1" else ("sequential", int(requests))
         )
         assert size == {"one by one": 1, "batches of 10": 10, "one batch": 100}[protocol]
-        assert len(cell.config["trainer"]["callbacks"]) == (regulariser != "none")
+        names = [callback["class_path"].rpartition(".")[2] for callback in cell.config["trainer"]["callbacks"]]
+        assert names == (["SideEffects"] if requests != "1" else []) + (["RECT"] if regulariser != "none" else [])
         assert size == 1 or "ROME" not in editor
 
 

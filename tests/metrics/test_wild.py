@@ -19,6 +19,8 @@ from rect_lightning.metrics import request_metrics as each
 from tests.editors.test_base import RECORDS, facts, fit, memit
 from tests.metrics.naive import greedy
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 REQUESTS = [
     EditRequest(
         id="a", subject="Danielle Darrieux", prompt="The mother tongue of {} is", target_new="English",
