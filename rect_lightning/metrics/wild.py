@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from rect_lightning.metrics.forward import check_lengths
 from rect_lightning.metrics.generation import (
     begins_with,
@@ -116,6 +114,8 @@ def check_free(adapter: Adapter, prompts: Sequence[str], targets: Sequence[str],
             )
     cut = sorted({target for target in targets if not FreeAnswer(up_to_stop(target, wild.stops), target).exact})
     if cut:
+        from lightning.pytorch.utilities import rank_zero_warn
+
         rank_zero_warn(
             f"An answer ends at the first of {list(wild.stops)}, so {len(cut)} targets cannot be answered in full, such as "
             f"{cut[0]!r}: set wild.stops."
