@@ -95,6 +95,8 @@ class TargetValues:
 _FIELDS = ("value", "stream", "offset", "losses")
 _PREPARED = 16384
 """Padded tokens that are prepared in one pass; where prompts are short this is more than a search together has."""
+_LOGITS = int(__import__("os").environ.get("LOGITS", 128))
+"""States whose logits are computed at a time."""
 _OVERHEAD = 40
 """What a batch costs besides its columns, in columns: measured in fp32 and in bf16 on a CPU."""
 
@@ -336,20 +338,38 @@ def _loss_and_gradient(
             change = adapter.stream_change(tail.layer, bucket.value, leaf[bucket.owner])
             hidden = torch.cat([bucket.hidden[:, :1] + change[:, None], bucket.hidden[:, 1:]], dim=1)
             states = tail.run(hidden, bucket.calls)
-            # the head is the largest matrix of all: both terms in one product
             read = torch.cat([states[bucket.where[:, 0], bucket.where[:, 1]], states[bucket.essence, 0]])
-            logits, now = tail.logits(read).split([len(bucket.where), len(bucket.essence)])
-            nll = F.cross_entropy(logits, bucket.token, reduction="none") * bucket.share
-            now = now.log_softmax(-1)
-            kl = (now.exp() * (now - bucket.reference)).sum(-1)
-            rows = (
-                nll.new_zeros(len(bucket.owner)).index_add(0, bucket.where[:, 0], nll).index_add(0, bucket.essence, kl)
-            )
-            rows = rows * bucket.weight
+        row = torch.cat([bucket.where[:, 0], bucket.essence])
+        terms, slopes = _read_out(tail, read, bucket, bucket.weight[row], differentiate=differentiate)
         if differentiate:  # not backward(), which would leave gradients on weights that are trained elsewhere
-            gradient += torch.autograd.grad(rows.sum(), leaf)[0]
-        loss.index_add_(0, bucket.owner, rows.detach())
+            gradient += torch.autograd.grad(read, leaf, slopes)[0]
+        loss.index_add_(0, bucket.owner[row], terms)
     return loss, gradient
+
+
+def _read_out(
+    tail: Tail, states: Tensor, bucket: _Bucket, weight: Tensor, *, differentiate: bool
+) -> tuple[Tensor, Tensor]:
+    """The term in the loss of each state that a bucket reads, ``[states]``, and its gradient, ``[states, width]``.
+
+    Differentiated part by part: logits are the largest tensors of all.
+    """
+    terms, slopes = [], []
+    targets = len(bucket.where)
+    for start in range(0, len(states), _LOGITS):
+        part = states[start : start + _LOGITS].detach().requires_grad_(differentiate)
+        of_targets, of_essences = slice(start, start + _LOGITS), slice(max(0, start - targets), None)
+        with torch.set_grad_enabled(differentiate):
+            logits = tail.logits(part)
+            wanted = bucket.token[of_targets]
+            nll = F.cross_entropy(logits[: len(wanted)], wanted, reduction="none") * bucket.share[of_targets]
+            now = logits[len(wanted) :].log_softmax(-1)
+            kl = (now.exp() * (now - bucket.reference[of_essences][: len(now)])).sum(-1)
+            term = torch.cat([nll, kl]) * weight[start : start + _LOGITS]
+        if differentiate:
+            slopes.append(torch.autograd.grad(term.sum(), part)[0])
+        terms.append(term.detach())
+    return torch.cat(terms), torch.cat(slopes) if differentiate else torch.zeros_like(states)
 
 
 def _adam(offset: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: int, lr: float) -> Tensor:
