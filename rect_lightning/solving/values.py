@@ -93,10 +93,16 @@ class TargetValues:
 
 
 _FIELDS = ("value", "stream", "offset", "losses")
-_PREPARED = 16384
+_PREPARED = 8192
 """Padded tokens that are prepared in one pass; where prompts are short this is more than a search together has."""
-_LOGITS = int(__import__("os").environ.get("LOGITS", 128))
+_ROWS = 96
+"""Rows in a batch at most: of more, which have few columns each, preparing would take more memory than a step."""
+_STEP = 8
+"""Batches have multiples of this many rows, and of columns before the subject's last token. For each new shape oneDNN
+generates code, half a megabyte a product in bf16, and keeps it: so that shapes recur in one chunk after the other."""
+_LOGITS = 64
 """States whose logits are computed at a time."""
+_CPU_BUDGET = 384
 _OVERHEAD = 40
 """What a batch costs besides its columns, in columns: measured in fp32 and in bf16 on a CPU."""
 
@@ -130,13 +136,15 @@ class _Bucket:
     reference: Tensor
 
     def of(self, active: Tensor) -> _Bucket | None:
-        """The rows of the requests that are still active, nothing if there are none."""
+        """The rows of the requests that are still active, and a few others for the shape; nothing if none is active."""
         keep = active[self.owner]
+        if not keep.any():
+            return None
+        done = (~keep).nonzero()[:, 0]
+        keep[done[: -int(keep.sum()) % _STEP]] = True  # whose loss nobody reads any more
         if keep.all():
             return self
         rows = keep.nonzero()[:, 0]
-        if not len(rows):
-            return None
         new_row = keep.cumsum(0) - 1
         targets, essences = keep[self.where[:, 0]], keep[self.essence]
         where = self.where[targets]
@@ -161,7 +169,7 @@ def search_values(
     search: ValueSearch,
     *,
     relative_to: str = "stream",
-    budget: int = 1024,
+    budget: int | None = None,
     show_progress: bool = False,
 ) -> TargetValues:
     """Search for the target values of many requests.
@@ -173,12 +181,14 @@ def search_values(
         search: Hyper-parameters.
         relative_to: Whether ``h₀``, which clamp and weight decay are relative to, is the block's output (``"stream"``, as
             MEMIT has it) or the down projection's (``"value"``, as ROME has it).
-        budget: Padded tokens after the subject in one batch; bounds the memory of the backward pass.
+        budget: Padded tokens after the subject in one batch; bounds the memory of the backward pass. None for 384 on a CPU,
+            where more is not faster, else 1,024.
         show_progress: Whether to show a bar.
 
     Raises:
         ValueError: A loss is not finite.
     """
+    budget = budget or (_CPU_BUDGET if adapter.device.type == "cpu" else 1024)
     chunks = _chunks(requests, search.together)
     bar = track(range(len(chunks) * search.steps), "target values", show=show_progress, unit="step")
     with plain_attention(adapter), torch.autocast(adapter.device.type, enabled=False), bar:
@@ -190,8 +200,11 @@ def search_values(
 
 
 def _chunks(requests: Sequence[SearchRows], together: int) -> list[list[int]]:
-    """Requests with targets of like length together, so that batches are full and have little padding."""
-    order = sorted(range(len(requests)), key=lambda i: _columns(requests[i].targets[0]))
+    """Requests with targets of like length together, so that batches are full and have little padding.
+
+    Longest first: the others then do with the memory that is there, and what does not fit fails at once.
+    """
+    order = sorted(range(len(requests)), key=lambda i: -_columns(requests[i].targets[0]))
     return [order[i : i + together] for i in range(0, len(order), together)]
 
 
@@ -251,9 +264,10 @@ def _prepare(
     for indices in _batches([row for _, row in rows], budget):
         members = [rows[i] for i in indices]
         anchors = [row.subject for _, row in members]
+        column = -(-max(anchors) // _STEP) * _STEP
         ids = [row.ids[: row.subject + _columns(row)] for _, row in members]
-        trace = run_to(adapter, pad(ids, adapter.device, anchors=anchors), tail.layer)
-        bucket = _bucket(tail, trace, members, requests, search)
+        trace = run_to(adapter, pad(ids, adapter.device, anchors=anchors, column=column), tail.layer)
+        bucket = _bucket(tail, trace, column, members, requests, search)
         buckets.append(bucket)
         if not value.numel():
             value = bucket.value.new_zeros(len(requests), bucket.value.shape[-1])
@@ -267,11 +281,12 @@ def _prepare(
 def _batches(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
     """Rows that are run together: alike in the columns of every step, and not too long to be prepared at once."""
     for together in by_length([row.subject + _columns(row) for row in rows], _PREPARED):
-        for indices in by_time([_columns(rows[i]) for i in together], budget, overhead=_OVERHEAD):
+        columns = [_columns(rows[i]) for i in together]
+        for indices in by_time(columns, budget, overhead=_OVERHEAD, step=_STEP, most=_ROWS):
             yield [together[i] for i in indices]
 
 
-def padding_share(requests: Sequence[SearchRows], together: int, budget: int = 1024) -> float:
+def padding_share(requests: Sequence[SearchRows], together: int, budget: int = _CPU_BUDGET) -> float:
     """The share of the columns computed in a step of a search that are padding."""
     real = padded = 0
     for chosen in _chunks(requests, together):
@@ -286,12 +301,12 @@ def padding_share(requests: Sequence[SearchRows], together: int, budget: int = 1
 def _bucket(
     tail: Tail,
     trace: Trace,
+    column: int,
     members: Sequence[tuple[int, Row]],
     requests: Sequence[SearchRows],
     search: ValueSearch,
 ) -> _Bucket:
     device = trace.hidden.device
-    column = max(row.subject for _, row in members)
     calls, states = tail.suffix_calls(trace, column)
     hidden = trace.hidden[:, column:].float().clone()
     where: list[tuple[int, int]] = []

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rect_lightning.data import EditRequest
+from rect_lightning.solving import values
 from rect_lightning.solving.blocks import Tail
 from rect_lightning.solving.texts import search_rows
 from rect_lightning.solving.values import ValueSearch, search_values
@@ -248,6 +249,38 @@ def test_a_bf16_tail_finds_nearly_the_same(family):
     assert torch.cosine_similarity(rough.offset, exact.offset).min() > 0.95
     torch.testing.assert_close(rough.losses, exact.losses, rtol=0.02, atol=0.02)
     assert not torch.equal(rough.offset, exact.offset), "the tail was not in bf16"
+
+
+# memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_search_takes_does_not_grow_with_the_requests(tiny, monkeypatch):
+    """Of a chunk the bytes of its buckets, of a pass the logits, and of all chunks together the shapes of the products."""
+    requests = rows_of(tiny) * 80
+    weighed, shapes, logits = [], set(), []
+    prepare, head = values._prepare, Tail.logits
+
+    def prepare_and_weigh(*args):
+        found = prepare(*args)
+        weighed.append(sum(b.hidden.nbytes + b.value.nbytes + b.reference.nbytes for b in found[0]))
+        shapes.update(b.hidden.shape for b in found[0])
+        return found
+
+    def head_and_count(tail, states):
+        logits.append(len(states))
+        return head(tail, states)
+
+    monkeypatch.setattr(values, "_prepare", prepare_and_weigh)
+    monkeypatch.setattr(Tail, "logits", head_and_count)
+    search = replace(SEARCH, steps=2, together=16)
+    search_values(tiny, fp32_tail(tiny), requests[:16], search)
+    few, few_shapes = max(weighed), len(shapes)
+    search_values(tiny, fp32_tail(tiny), requests, search)
+    assert len(weighed) == 1 + 25
+    assert max(weighed) < 1.5 * few, "the longest are in one chunk"
+    assert weighed[1] == max(weighed[1:]), "the longest chunk comes first"
+    assert max(logits) <= 64
+    assert len(shapes) < 4 * few_shapes
 
 
 # what is left behind ----------------------------------------------------------------------------------------------
