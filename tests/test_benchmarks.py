@@ -24,7 +24,7 @@ def test_speed_writes_its_tables(folder, tmp_path, monkeypatch):
     out = tmp_path / "speed.md"
     speed.main([
         "--model", str(folder), "--layers", "1", "2", "--count", "4", "--naive", "2", "--growth", "1", "--widths", "64",
-        "--out", str(out),
+        "--tokens", "300", "--out", str(out),
     ])  # fmt: skip
     text = out.read_text()
     for phase in ("prefixes", "search, fp32", "search, bf16", "keys", "moments", "solve", "RECT", "metrics"):
@@ -33,6 +33,27 @@ def test_speed_writes_its_tables(folder, tmp_path, monkeypatch):
     assert differences < 1e-4, "the metrics in batches are not those of one prompt at a time"
     cosines = [float(line.split("|")[-2]) for line in text.splitlines() if line.startswith("| together, fp32")]
     assert cosines == [pytest.approx(1, abs=1e-4)], "the fast search does not find what the naive one does"
+
+
+@pytest.mark.parametrize("few", [1, 9])
+def test_the_naive_search_is_compared_on_the_same_requests(folder, monkeypatch, few):
+    adapter = speed.load(str(folder))
+    times = iter([3.0, 5.0, 2.0, 4.0, 1.0, 1.5])  # seconds of two naive searches, then of ours
+    once = speed.once
+    monkeypatch.setattr(speed, "once", lambda function: (next(times), once(function)[1]))
+    *_, naive, fp32, bf16, single, _ = speed.against_naive(adapter, 1, speed.read_requests(speed.FACTS)[:2], few)
+    assert naive.split(" | ")[1:4] == ["2", "8.00", "1"]
+    assert fp32.split(" | ")[1:4] == ["2", "2.00", "4.0"]
+    assert bf16.split(" | ")[1:4] == ["2", "4.00", "2.0"]
+    assert single.split(" | ")[1:4] == [str(min(few, 2)), "1.00", "3.0" if few == 1 else "8.0"]
+
+
+def test_what_is_written_around_the_tables_stays():
+    page = f"# Speed\n\n{speed.with_tables('', 'old')}\n- A note.\n"
+    renewed = speed.with_tables(page, "new")
+    assert renewed == page.replace("old", "new")
+    assert renewed.startswith("# Speed\n")
+    assert renewed.endswith("\n- A note.\n")
 
 
 def test_the_editing_table():

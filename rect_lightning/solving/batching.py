@@ -30,10 +30,23 @@ class Batch:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids}
 
 
-def pad(rows: Sequence[Sequence[int]], device: torch.device, *, anchors: Sequence[int] | None = None) -> Batch:
-    """Stack rows so that their anchors share a column; without anchors all rows start in the first column."""
+def pad(
+    rows: Sequence[Sequence[int]],
+    device: torch.device,
+    *,
+    anchors: Sequence[int] | None = None,
+    column: int | None = None,
+) -> Batch:
+    """Stack rows so that their anchors share a column; without anchors all rows start in the first column.
+
+    Args:
+        rows: Token ids.
+        device: Where to put them.
+        anchors: For each row the index of one of its tokens.
+        column: The anchors' column, at least the largest of them; None for that.
+    """
     anchors = [0] * len(rows) if anchors is None else anchors
-    column = max(anchors)
+    column = max(anchors) if column is None else column
     starts = torch.tensor([column - anchor for anchor in anchors])
     ends = starts + torch.tensor([len(row) for row in rows])
     columns = torch.arange(int(ends.max()))
@@ -68,11 +81,14 @@ def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def by_time(lengths: Sequence[int], budget: int, *, overhead: int) -> list[list[int]]:
+def by_time(
+    lengths: Sequence[int], budget: int, *, overhead: int, step: int = 1, most: int | None = None
+) -> list[list[int]]:
     """Indices grouped into the batches that take the least time together, longest first, each within the budget.
 
     A batch's time is that of its padded tokens and of ``overhead`` more, which stand for reading the weights. So many
-    rows fall into batches of like length with little padding, and a few rows into one.
+    rows fall into batches of like length with little padding, and a few rows into one. The number of rows in each but
+    the last is a multiple of ``step``, unless the budget is less than that, and ``most`` at most.
 
     Raises:
         ValueError: The budget is not positive.
@@ -83,7 +99,10 @@ def by_time(lengths: Sequence[int], budget: int, *, overhead: int) -> list[list[
     cut = [0] * (len(order) + 1)  # where the last batch of that way begins
     for start, index in enumerate(order):
         longest = max(1, lengths[index])
-        for end in range(start + 1, start + 1 + min(max(1, budget // longest), len(order) - start)):
+        left = len(order) - start
+        fit = max(1, min(budget // longest, most or left))
+        sizes = [*(range(step, fit + 1, step) or [fit]), left]
+        for end in (start + size for size in sizes if size <= min(fit, left)):
             candidate = time[start] + overhead + (end - start) * longest
             if candidate < time[end]:
                 time[end], cut[end] = candidate, start

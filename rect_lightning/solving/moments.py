@@ -71,8 +71,8 @@ class SecondMoment:
         """
         if not self.count:
             raise ValueError("No keys were seen, so they have no second moment.")
-        upper = self.total.triu()
-        return ((upper + upper.triu(1).T) / self.count).float()
+        upper = (self.total / self.count).float().triu_()
+        return upper + upper.triu(1).T
 
 
 def second_moments(

@@ -93,8 +93,16 @@ class TargetValues:
 
 
 _FIELDS = ("value", "stream", "offset", "losses")
-_PREPARED = 16384
+_PREPARED = 8192
 """Padded tokens that are prepared in one pass; where prompts are short this is more than a search together has."""
+_ROWS = 96
+"""Rows in a batch at most: of more, which have few columns each, preparing would take more memory than a step."""
+_STEP = 8
+"""Batches have multiples of this many rows, and of columns before the subject's last token. For each new shape oneDNN
+generates code, half a megabyte a product in bf16, and keeps it: so that shapes recur in one chunk after the other."""
+_LOGITS = 64
+"""States whose logits are computed at a time."""
+_CPU_BUDGET = 384
 _OVERHEAD = 40
 """What a batch costs besides its columns, in columns: measured in fp32 and in bf16 on a CPU."""
 
@@ -128,13 +136,15 @@ class _Bucket:
     reference: Tensor
 
     def of(self, active: Tensor) -> _Bucket | None:
-        """The rows of the requests that are still active, nothing if there are none."""
+        """The rows of the requests that are still active, and a few others for the shape; nothing if none is active."""
         keep = active[self.owner]
+        if not keep.any():
+            return None
+        done = (~keep).nonzero()[:, 0]
+        keep[done[: -int(keep.sum()) % _STEP]] = True  # whose loss nobody reads any more
         if keep.all():
             return self
         rows = keep.nonzero()[:, 0]
-        if not len(rows):
-            return None
         new_row = keep.cumsum(0) - 1
         targets, essences = keep[self.where[:, 0]], keep[self.essence]
         where = self.where[targets]
@@ -159,7 +169,7 @@ def search_values(
     search: ValueSearch,
     *,
     relative_to: str = "stream",
-    budget: int = 1024,
+    budget: int | None = None,
     show_progress: bool = False,
 ) -> TargetValues:
     """Search for the target values of many requests.
@@ -171,12 +181,14 @@ def search_values(
         search: Hyper-parameters.
         relative_to: Whether ``h₀``, which clamp and weight decay are relative to, is the block's output (``"stream"``, as
             MEMIT has it) or the down projection's (``"value"``, as ROME has it).
-        budget: Padded tokens after the subject in one batch; bounds the memory of the backward pass.
+        budget: Padded tokens after the subject in one batch; bounds the memory of the backward pass. None for 384 on a CPU,
+            where more is not faster, else 1,024.
         show_progress: Whether to show a bar.
 
     Raises:
         ValueError: A loss is not finite.
     """
+    budget = budget or (_CPU_BUDGET if adapter.device.type == "cpu" else 1024)
     chunks = _chunks(requests, search.together)
     bar = track(range(len(chunks) * search.steps), "target values", show=show_progress, unit="step")
     with plain_attention(adapter), torch.autocast(adapter.device.type, enabled=False), bar:
@@ -188,8 +200,11 @@ def search_values(
 
 
 def _chunks(requests: Sequence[SearchRows], together: int) -> list[list[int]]:
-    """Requests with targets of like length together, so that batches are full and have little padding."""
-    order = sorted(range(len(requests)), key=lambda i: _columns(requests[i].targets[0]))
+    """Requests with targets of like length together, so that batches are full and have little padding.
+
+    Longest first: the others then do with the memory that is there, and what does not fit fails at once.
+    """
+    order = sorted(range(len(requests)), key=lambda i: -_columns(requests[i].targets[0]))
     return [order[i : i + together] for i in range(0, len(order), together)]
 
 
@@ -249,9 +264,10 @@ def _prepare(
     for indices in _batches([row for _, row in rows], budget):
         members = [rows[i] for i in indices]
         anchors = [row.subject for _, row in members]
+        column = -(-max(anchors) // _STEP) * _STEP
         ids = [row.ids[: row.subject + _columns(row)] for _, row in members]
-        trace = run_to(adapter, pad(ids, adapter.device, anchors=anchors), tail.layer)
-        bucket = _bucket(tail, trace, members, requests, search)
+        trace = run_to(adapter, pad(ids, adapter.device, anchors=anchors, column=column), tail.layer)
+        bucket = _bucket(tail, trace, column, members, requests, search)
         buckets.append(bucket)
         if not value.numel():
             value = bucket.value.new_zeros(len(requests), bucket.value.shape[-1])
@@ -265,11 +281,12 @@ def _prepare(
 def _batches(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
     """Rows that are run together: alike in the columns of every step, and not too long to be prepared at once."""
     for together in by_length([row.subject + _columns(row) for row in rows], _PREPARED):
-        for indices in by_time([_columns(rows[i]) for i in together], budget, overhead=_OVERHEAD):
+        columns = [_columns(rows[i]) for i in together]
+        for indices in by_time(columns, budget, overhead=_OVERHEAD, step=_STEP, most=_ROWS):
             yield [together[i] for i in indices]
 
 
-def padding_share(requests: Sequence[SearchRows], together: int, budget: int = 1024) -> float:
+def padding_share(requests: Sequence[SearchRows], together: int, budget: int = _CPU_BUDGET) -> float:
     """The share of the columns computed in a step of a search that are padding."""
     real = padded = 0
     for chosen in _chunks(requests, together):
@@ -284,12 +301,12 @@ def padding_share(requests: Sequence[SearchRows], together: int, budget: int = 1
 def _bucket(
     tail: Tail,
     trace: Trace,
+    column: int,
     members: Sequence[tuple[int, Row]],
     requests: Sequence[SearchRows],
     search: ValueSearch,
 ) -> _Bucket:
     device = trace.hidden.device
-    column = max(row.subject for _, row in members)
     calls, states = tail.suffix_calls(trace, column)
     hidden = trace.hidden[:, column:].float().clone()
     where: list[tuple[int, int]] = []
@@ -336,20 +353,38 @@ def _loss_and_gradient(
             change = adapter.stream_change(tail.layer, bucket.value, leaf[bucket.owner])
             hidden = torch.cat([bucket.hidden[:, :1] + change[:, None], bucket.hidden[:, 1:]], dim=1)
             states = tail.run(hidden, bucket.calls)
-            # the head is the largest matrix of all: both terms in one product
             read = torch.cat([states[bucket.where[:, 0], bucket.where[:, 1]], states[bucket.essence, 0]])
-            logits, now = tail.logits(read).split([len(bucket.where), len(bucket.essence)])
-            nll = F.cross_entropy(logits, bucket.token, reduction="none") * bucket.share
-            now = now.log_softmax(-1)
-            kl = (now.exp() * (now - bucket.reference)).sum(-1)
-            rows = (
-                nll.new_zeros(len(bucket.owner)).index_add(0, bucket.where[:, 0], nll).index_add(0, bucket.essence, kl)
-            )
-            rows = rows * bucket.weight
+        row = torch.cat([bucket.where[:, 0], bucket.essence])
+        terms, slopes = _read_out(tail, read, bucket, bucket.weight[row], differentiate=differentiate)
         if differentiate:  # not backward(), which would leave gradients on weights that are trained elsewhere
-            gradient += torch.autograd.grad(rows.sum(), leaf)[0]
-        loss.index_add_(0, bucket.owner, rows.detach())
+            gradient += torch.autograd.grad(read, leaf, slopes)[0]
+        loss.index_add_(0, bucket.owner[row], terms)
     return loss, gradient
+
+
+def _read_out(
+    tail: Tail, states: Tensor, bucket: _Bucket, weight: Tensor, *, differentiate: bool
+) -> tuple[Tensor, Tensor]:
+    """The term in the loss of each state that a bucket reads, ``[states]``, and its gradient, ``[states, width]``.
+
+    Differentiated part by part: logits are the largest tensors of all.
+    """
+    terms, slopes = [], []
+    targets = len(bucket.where)
+    for start in range(0, len(states), _LOGITS):
+        part = states[start : start + _LOGITS].detach().requires_grad_(differentiate)
+        of_targets, of_essences = slice(start, start + _LOGITS), slice(max(0, start - targets), None)
+        with torch.set_grad_enabled(differentiate):
+            logits = tail.logits(part)
+            wanted = bucket.token[of_targets]
+            nll = F.cross_entropy(logits[: len(wanted)], wanted, reduction="none") * bucket.share[of_targets]
+            now = logits[len(wanted) :].log_softmax(-1)
+            kl = (now.exp() * (now - bucket.reference[of_essences][: len(now)])).sum(-1)
+            term = torch.cat([nll, kl]) * weight[start : start + _LOGITS]
+        if differentiate:
+            slopes.append(torch.autograd.grad(term.sum(), part)[0])
+        terms.append(term.detach())
+    return torch.cat(terms), torch.cat(slopes) if differentiate else torch.zeros_like(states)
 
 
 def _adam(offset: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: int, lr: float) -> Tensor:

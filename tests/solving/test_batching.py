@@ -122,3 +122,22 @@ def test_padding_does_not_matter_to_the_model(tiny):
             with torch.no_grad():
                 alone = tiny.model.base_model(torch.tensor([row])).last_hidden_state[0]
             torch.testing.assert_close(together[i][batch.attention_mask[i].bool()], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_of_recurring_sizes():
+    draw = random.Random(0)
+    lengths = [draw.choice([1, 1, 2, 3, 4, 6, 9, 200]) for _ in range(403)]
+    batches = by_time(lengths, 384, overhead=40, step=8, most=96)
+    assert sorted(i for batch in batches for i in batch) == list(range(403))
+    assert all(len(batch) * lengths[batch[0]] <= 384 and len(batch) <= 96 for batch in batches)
+    sizes = {len(batch) for batch in batches[:-1] if lengths[batch[0]] < 200}
+    assert len(sizes) > 2
+    assert all(size % 8 == 0 for size in sizes)
+    assert {len(batch) for batch in batches if lengths[batch[0]] == 200} == {1}
+
+
+def test_anchors_in_a_given_column():
+    batch = pad([[5, 6, 7], [8]], torch.device("cpu"), anchors=[1, 0], column=4)
+    assert batch.attention_mask.tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 0]]
+    assert batch.input_ids[:, 4].tolist() == [6, 8]
+    assert batch.position_ids[:, 4].tolist() == [1, 0]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rect_lightning.data import EditRequest
+from rect_lightning.solving import values
 from rect_lightning.solving.blocks import Tail
 from rect_lightning.solving.texts import search_rows
 from rect_lightning.solving.values import ValueSearch, search_values
@@ -248,6 +249,46 @@ def test_a_bf16_tail_finds_nearly_the_same(family):
     assert torch.cosine_similarity(rough.offset, exact.offset).min() > 0.95
     torch.testing.assert_close(rough.losses, exact.losses, rtol=0.02, atol=0.02)
     assert not torch.equal(rough.offset, exact.offset), "the tail was not in bf16"
+
+
+# memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_search_takes_does_not_grow_with_the_requests(tiny, monkeypatch):
+    """Of a chunk the bytes of its buckets, of a pass the logits, and how many rows each of the batches has."""
+    requests = rows_of(tiny) * 80
+    weighed, rows, logits = [], set(), []
+    prepare, step, head = values._prepare, values._loss_and_gradient, Tail.logits
+
+    def prepare_and_weigh(*args):
+        found = prepare(*args)
+        weighed.append(sum(b.hidden.nbytes + b.value.nbytes + b.reference.nbytes for b in found[0]))
+        return found
+
+    def step_and_count(adapter, tail, buckets, *args, **kwargs):
+        rows.update(len(bucket.owner) for bucket in buckets if bucket)
+        return step(adapter, tail, buckets, *args, **kwargs)
+
+    def head_and_count(tail, states):
+        logits.append(len(states))
+        return head(tail, states)
+
+    monkeypatch.setattr(values, "_prepare", prepare_and_weigh)
+    monkeypatch.setattr(values, "_loss_and_gradient", step_and_count)
+    monkeypatch.setattr(Tail, "logits", head_and_count)
+    search = replace(SEARCH, steps=3, together=16, weight_decay=0.0)
+    free = search_values(tiny, fp32_tail(tiny), requests[:5], search)
+    search = replace(search, stop=stop_that_divides(free.losses))
+    weighed.clear(), rows.clear()
+    search_values(tiny, fp32_tail(tiny), requests[:16], search)
+    few = max(weighed)
+    search_values(tiny, fp32_tail(tiny), requests, search)
+    assert len(weighed) == 1 + 25
+    assert max(weighed) < 1.5 * few, "the longest are in one chunk"
+    assert weighed[1] == max(weighed[1:]), "the longest chunk comes first"
+    assert max(logits) <= 64
+    assert len(rows) > 3
+    assert all(count % 8 == 0 for count in rows), "shapes of products do not recur"
 
 
 # what is left behind ----------------------------------------------------------------------------------------------
