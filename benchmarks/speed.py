@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -43,6 +42,7 @@ from rect_lightning.solving.values import SearchRows, TargetValues, ValueSearch,
 
 TEMPLATES = ("{}", "The. {}", "Therefore, it is so. {}")
 RECT_ENTRIES = 45_000_000  # a down projection of LLaMA 7B
+MEASURED = 100  # requests at most, where all are a thousand
 BEGIN, END = "<!-- tables of benchmarks.speed -->", "<!-- end of the tables -->"
 FACTS = Path(__file__).parent.parent / "rect_lightning" / "data" / "facts.jsonl"
 
@@ -104,56 +104,100 @@ def clocks(function: Callable[[], Any]) -> tuple[float, float]:
 
 def phases(adapter: Adapter, layers: list[int], requests: list[EditRequest], machine: Machine) -> list[Phase]:
     """Time each phase of a MEMIT operation."""
-    last = layers[-1]
-    work = Work(adapter, last)
-    parameters = sum(p.numel() for p in adapter.model.parameters())
-    found = []
+    last, inner = layers[-1], adapter.oriented(layers[-1], adapter.weight(layers[-1])).shape[1]
+    return [
+        sampling(adapter, machine),
+        searching(adapter, last, requests, machine, torch.float32),
+        searching(adapter, last, requests, machine, torch.bfloat16),
+        *keys_and_solve(adapter, last, requests, machine),
+        adding_up(inner, machine),
+        *rect(RECT_ENTRIES, machine),
+        Phase(name="torch.kthvalue on the same", **kthvalue(RECT_ENTRIES, machine)),
+        measuring(adapter, requests[:20], machine),
+    ]
 
-    prefixes = Prefixes(count=5, lengths=(10,))
-    seconds, _ = once(lambda: prefixes.resolve(adapter))
-    found.append(Phase(name="prefixes", seconds=seconds, bound=50 * 4 * parameters / machine.memory))
 
-    rows = search_rows(adapter, requests, TEMPLATES)
-    search = ValueSearch()
-    for name, dtype, speed in (("fp32", torch.float32, machine.fp32), ("bf16", torch.bfloat16, machine.bf16)):
-        tail = Tail(adapter, last, dtype)
-        seconds, values = once(lambda tail=tail: search_values(adapter, tail, rows, search))
-        found.append(Phase(name=f"search, {name}", seconds=seconds, bound=work.search(rows, values) / speed))
+def sampling(adapter: Adapter, machine: Machine) -> Phase:
+    """Five prefixes of 10 tokens, for each of which the weights have to be read."""
+    weights = sum(p.numel() * p.element_size() for p in adapter.model.parameters())
+    seconds, _ = once(lambda: Prefixes(count=5, lengths=(10,)).resolve(adapter))
+    return Phase(name="prefixes", seconds=seconds, bound=5 * 10 * weights / machine.memory)
 
-    of_keys = key_rows(adapter, requests, TEMPLATES)
-    seconds, states = once(lambda: subject_states(adapter, of_keys, last))
-    tokens = sum(row.subject + 1 for row in of_keys)
-    found.append(Phase(name="keys of a layer", seconds=seconds, bound=2 * tokens * work.below / machine.fp32))
 
-    width = states.key.shape[1]
-    keys = torch.randn(4096, width)
-    moment = SecondMoment(width)
-    seconds = timed(lambda: moment.update(keys))
-    found.append(Phase(name="moments of 4,096 keys", seconds=seconds, bound=2 * 4096 * width**2 / machine.fp32))
+def searching(
+    adapter: Adapter,
+    layer: int,
+    requests: list[EditRequest],
+    machine: Machine,
+    dtype: torch.dtype,
+    search: ValueSearch = ValueSearch(),  # noqa: B008 - frozen
+) -> Phase:
+    """The target value search."""
+    tail, rows = Tail(adapter, layer, dtype), search_rows(adapter, requests, TEMPLATES)
+    seconds, found = once(lambda: search_values(adapter, tail, rows, search))
+    name, speed = ("fp32", machine.fp32) if dtype == torch.float32 else ("bf16", machine.bf16)
+    return Phase(name=f"search, {name}", seconds=seconds, bound=Work(adapter, layer).search(rows, found) / speed)
 
-    matrix = keys.T @ keys / len(keys) + 0.01 * torch.eye(width)
+
+def keys_and_solve(adapter: Adapter, layer: int, requests: list[EditRequest], machine: Machine) -> list[Phase]:
+    """The keys of a layer, the factor of its C, and the update that both give."""
+    rows = key_rows(adapter, requests, TEMPLATES)
+    seconds, states = once(lambda: subject_states(adapter, rows, layer))
+    tokens = sum(row.subject + 1 for row in rows)
+    found = [
+        Phase(
+            name="keys of a layer",
+            seconds=seconds,
+            bound=2 * tokens * Work(adapter, layer).below / machine.fp32,
+        )
+    ]
+    keys = states.key[:: len(TEMPLATES)]
+    out, inner = adapter.oriented(layer, adapter.weight(layer)).shape
+    sample = torch.randn(2 * inner, inner)
+    matrix = sample.T @ sample / len(sample) + 0.01 * torch.eye(inner)
     seconds, factor = once(lambda: Factored(matrix, "C"))
-    found.append(Phase(name="factor of C, fp64", seconds=seconds, bound=2 * width**3 / 3 / machine.fp32))
-    chosen = states.key[:: len(TEMPLATES)]
-    residuals = torch.randn(len(chosen), adapter.oriented(last, adapter.weight(last)).shape[0])
-    seconds = timed(lambda: least_squares(residuals, chosen, factor, 1000.0))
-    least = 2 * len(chosen) * width * (2 * width + residuals.shape[1]) * 2  # an fp64 operation is worth two of fp32
+    found.append(Phase(name="factor of C, fp64", seconds=seconds, bound=2 * inner**3 / 3 / machine.fp32))
+    residuals = torch.randn(len(keys), out)
+    seconds = timed(lambda: least_squares(residuals, keys, factor, 1000.0), 3)
+    least = 2 * len(keys) * inner * (2 * inner + out) * 2  # an fp64 operation is worth two of fp32
     found.append(Phase(name="solve, fp64", seconds=seconds, bound=least / machine.fp32))
-
-    weight, update = torch.randn(RECT_ENTRIES), torch.randn(RECT_ENTRIES)
-    seconds = timed(lambda: update * largest(relative_change(update, weight), 0.4), 3)
-    found.append(Phase(name="RECT, 45 M entries", seconds=seconds, bound=12 * weight.numel() / machine.memory))
-    delta = relative_change(update, weight)
-    seconds = timed(lambda: largest(delta, 0.4), 3)
-    found.append(Phase(name="its selection alone", seconds=seconds, bound=4 * weight.numel() / machine.memory))
-    library = timed(lambda: delta.kthvalue(round(0.6 * delta.numel())), 1)
-    found.append(Phase(name="torch.kthvalue on the same", seconds=library, bound=4 * weight.numel() / machine.memory))
-
-    seconds, _ = once(lambda: evaluate(adapter, requests[:20]))
-    prompts = {p for r in requests[:20] for p in (r.text, *r.paraphrases, *(n.prompt for n in r.neighbours))}
-    tokens = sum(len(ids) for ids in adapter.tokenizer(list(prompts))["input_ids"])
-    found.append(Phase(name="metrics of 20 requests", seconds=seconds, bound=2 * tokens * parameters / machine.fp32))
     return found
+
+
+def adding_up(width: int, machine: Machine) -> Phase:
+    """The second moment of some keys."""
+    keys, moment = torch.randn(4096, width), SecondMoment(width)
+    seconds = timed(lambda: moment.update(keys))
+    return Phase(name="moments of 4,096 keys", seconds=seconds, bound=2 * 4096 * width**2 / machine.fp32)
+
+
+def rect(entries: int, machine: Machine) -> list[Phase]:
+    """RECT of one matrix, and the selection in it."""
+    weight, update = torch.randn(entries), torch.randn(entries)
+    whole = timed(lambda: update * largest(relative_change(update, weight), 0.4), 3)
+    delta = relative_change(update, weight)
+    alone = timed(lambda: largest(delta, 0.4), 3)
+    return [
+        Phase(name=f"RECT, {entries / 1e6:.0f} M entries", seconds=whole, bound=12 * entries / machine.memory),
+        Phase(name="its selection alone", seconds=alone, bound=4 * entries / machine.memory),
+    ]
+
+
+def kthvalue(entries: int, machine: Machine) -> dict[str, float]:
+    """What torch's own selection takes."""
+    delta = torch.rand(entries)
+    seconds = timed(lambda: delta.kthvalue(round(0.6 * entries)), 1)
+    return {"seconds": seconds, "bound": 4 * entries / machine.memory}
+
+
+def measuring(adapter: Adapter, requests: list[EditRequest], machine: Machine) -> Phase:
+    """All metrics of some requests."""
+    parameters = sum(p.numel() for p in adapter.model.parameters())
+    seconds, _ = once(lambda: evaluate(adapter, requests))
+    prompts = {p for r in requests for p in (r.text, *r.paraphrases, *(n.prompt for n in r.neighbours))}
+    tokens = sum(len(ids) for ids in adapter.tokenizer(list(prompts))["input_ids"])
+    name = f"metrics of {len(requests)} requests"
+    return Phase(name=name, seconds=seconds, bound=2 * tokens * parameters / machine.fp32)
 
 
 @torch.no_grad()
@@ -240,22 +284,28 @@ def metrics_against_naive(adapter: Adapter, requests: list[EditRequest]) -> list
     ]
 
 
-def growth(folder: str | None, layer: int, requests: list[EditRequest], counts: list[int]) -> list[str]:
-    """Seconds and memory of the search, by the number of requests; each in a process of its own."""
+def growth(
+    folder: str | None, layer: int, requests: list[EditRequest], machine: Machine, counts: list[int]
+) -> list[str]:
+    """Seconds and memory by the number of requests; each in a process of its own."""
     lines = [
         "",
-        "| requests | seconds of 3 bf16 steps | a request | memory above the model's, MB | padding |",
-        "|---|---|---|---|---|",
+        f"| requests | search, 3 bf16 steps | a request | memory above the model's, MB | padding "
+        f"| keys of a layer | solve | metrics of up to {MEASURED} |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for count in counts:
         many = (requests * (count // len(requests) + 1))[:count]
         with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as fresh:
-            seconds, memory, padding = fresh.submit(_grown, folder, layer, many).result()
-        lines.append(f"| {count} | {seconds:.2f} | {seconds / count:.3f} | {memory / 1e6:.0f} | {padding:.0%} |")
+            seconds, memory, padding, others = fresh.submit(_grown, folder, layer, many, machine).result()
+        shown = [f"{seconds:.2f}", f"{seconds / count:.3f}", f"{memory / 1e6:.0f}", f"{padding:.0%}"]
+        lines.append(f"| {count:,} | " + " | ".join([*shown, *(f"{phase.seconds:.3f}" for phase in others)]) + " |")
     return lines
 
 
-def _grown(folder: str | None, layer: int, requests: list[EditRequest]) -> tuple[float, float, float]:
+def _grown(
+    folder: str | None, layer: int, requests: list[EditRequest], machine: Machine
+) -> tuple[float, float, float, list[Phase]]:
     adapter = load(folder)
     tail, rows = Tail(adapter, layer, torch.bfloat16), search_rows(adapter, requests, TEMPLATES)
     seconds = 0.0
@@ -265,15 +315,16 @@ def _grown(folder: str | None, layer: int, requests: list[EditRequest]) -> tuple
         seconds, _ = once(lambda: search_values(adapter, tail, rows, ValueSearch(steps=3)))
 
     memory = peak_memory(search)
-    return seconds, memory, padding_share(rows, ValueSearch().together)
+    keys, _, solve = keys_and_solve(adapter, layer, requests, machine)
+    others = [keys, solve, measuring(adapter, requests[:MEASURED], machine)]
+    return seconds, memory, padding_share(rows, ValueSearch().together), others
 
 
 def widths(adapter: Adapter, machine: Machine, chosen: list[int]) -> list[str]:
-    """The search of 16 requests in random LLaMA models of 4 layers, by their width."""
+    """Seconds and share of the bound for 16 requests in random LLaMA models of 4 layers, by their width."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    requests = read_requests(FACTS)[:16]
-    lines = ["", "| width | seconds of 3 fp32 steps | of the bound |", "|---|---|---|"]
+    requests, rows = read_requests(FACTS)[:16], {}
     for width in chosen:
         config = LlamaConfig(
             vocab_size=len(adapter.tokenizer),
@@ -283,11 +334,31 @@ def widths(adapter: Adapter, machine: Machine, chosen: list[int]) -> list[str]:
             num_attention_heads=width // 64,
         )
         grown = adapter_for(LlamaForCausalLM(config).eval().requires_grad_(False), adapter.tokenizer)
-        rows = search_rows(grown, requests, TEMPLATES)
-        search = partial(search_values, grown, Tail(grown, 1, torch.float32), rows, ValueSearch(steps=3))
-        seconds, found = once(search)
-        lines.append(f"| {width} | {seconds:.2f} | {Work(grown, 1).search(rows, found) / machine.fp32 / seconds:.0%} |")
-    return lines
+        rows[width] = [
+            searching(grown, 1, requests, machine, torch.float32, ValueSearch(steps=3)),
+            *keys_and_solve(grown, 1, requests, machine),
+            adding_up(4 * width, machine),
+            rect(4 * width**2, machine)[0],
+            measuring(grown, requests, machine),
+        ]
+    names = [
+        "search, 3 fp32 steps",
+        "keys of a layer",
+        "factor of C",
+        "solve",
+        "moments of 4,096 keys",
+        "RECT",
+        "metrics",
+    ]
+    return [
+        "",
+        "| width | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+        *(
+            f"| {width} | " + " | ".join(f"{p.seconds:.3f} ({p.bound / p.seconds:.0%})" for p in found) + " |"
+            for width, found in rows.items()
+        ),
+    ]
 
 
 def with_tables(page: str, tables: str) -> str:
@@ -336,7 +407,7 @@ def main(arguments: list[str] | None = None) -> None:
         lines += against_naive(adapter, args.layers[-1], requests[: args.naive])
         lines += metrics_against_naive(adapter, requests[: args.naive][:10])
     lines += moments_against_bare(adapter, args.layers, args.tokens)
-    lines += growth(args.model, args.layers[-1], requests, args.growth)
+    lines += growth(args.model, args.layers[-1], requests, machine, args.growth)
     lines += widths(adapter, machine, args.widths)
     text = "\n".join(lines) + "\n"
     if args.out:
