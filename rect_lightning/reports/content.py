@@ -379,7 +379,7 @@ def _distribution(results: Results) -> Figure | None:
         return None
     edges, width = _edges(results), 5
     first, last = _extent(results, width)
-    ticks = tuple(f"{10 ** edges[i]:.0e}" for i in range(first, last, width))
+    ticks = tuple(f"{float(f'{10 ** edges[i]:.0e}'):g}" for i in range(first, last, width))
     series = [
         Series(
             label=f"layer {layer['layer']}",

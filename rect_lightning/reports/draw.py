@@ -342,6 +342,6 @@ def _heat(axes: Any, panel: Panel) -> None:
     axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
     axes.set_ylim(len(panel.series) - 0.5, -0.5)
     axes.set_yticks(range(len(panel.series)), [s.label for s in panel.series], color=LIGHT["ink"])
-    every = 1 if few else -(-len(panel.ticks) // 6)
+    every = 1 if few else -(-len(panel.ticks) // 5)
     axes.set_xticks(range(0, len(panel.ticks), every), panel.ticks[::every])
     axes.spines["bottom"].set_visible(False)

@@ -13,7 +13,10 @@ def test_what_one_operation_alone_changed_is_no_change_since_the_clean_model(tmp
     told = json.loads((write_run(tmp_path) / "provenance.json").read_text())
     (tmp_path / "provenance.json").write_text(json.dumps({**told, "mode": mode}))
     rows = [row for row in measurements(tmp_path) if row["name"] == "6/above_0.077"]
-    assert [(row["edits"], row["source"], float(row["value"])) for row in rows] == [(4, source, 0.11), (8, source, 0.12)]
+    assert [(row["edits"], row["source"], float(row["value"])) for row in rows] == [
+        (4, source, 0.11),
+        (8, source, 0.12),
+    ]
 
 
 def test_a_run_that_has_just_begun_has_no_rows(tmp_path):

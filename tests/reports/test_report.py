@@ -338,6 +338,20 @@ def test_bars_keep_their_numbers_within_the_panel():
     assert number.get_window_extent().x1 <= canvas.bbox.x1
 
 
+@pytest.mark.parametrize("columns", [4, 7, 13, 24])
+def test_a_heat_map_has_few_ticks(columns):
+    from matplotlib.figure import Figure
+
+    ticks = tuple(map(str, range(columns)))
+    row = Series(label="none", style=0, x=tuple(map(float, range(columns))), y=(0.1,) * columns)
+    panel = Panel(kind="heat", title="", x_label="", y_label="", series=(row,), ticks=ticks)
+    canvas = Figure()
+    draw._draw(canvas, panel, left=0, top=100, size=(draw.WIDTH, 100))
+    labels = [label.get_text() for label in canvas.axes[0].get_xticklabels()]
+    assert 3 <= len(labels) <= 6
+    assert set(labels) <= {*ticks}
+
+
 def test_a_resumed_run_has_the_operations_of_both_parts(tmp_path):
     write_run(tmp_path)
     header, first, second, after = (tmp_path / "metrics.csv").read_text().splitlines()
