@@ -22,7 +22,7 @@ def mean_and_interval(
         mean, *ends = mean_and_interval([log(value) for value in values])
         return exp(mean), *(None if end is None else exp(end) for end in ends)  # type: ignore[return-value]
     mean = fmean(values)
-    if len(values) < 2 or not all(map(isfinite, values)) or isclose(min(values), max(values), abs_tol=1e-9):
+    if not all(map(isfinite, values)) or isclose(min(values), max(values), abs_tol=1e-9):
         return mean, None, None
     first, last = t_interval(values)
     return mean, max(first, low), min(last, high)

@@ -285,6 +285,19 @@ def test_intervals_are_possible_values(tmp_path):
     assert (perplexity.low, perplexity.high) == pytest.approx((10 ** (2 - reach), 10 ** (2 + reach)))
 
 
+@pytest.mark.parametrize(
+    ("clean", "labels"), [(0.1, ["before", "none", "RECT"]), (0.5, ["before", "none", "before", "RECT"])]
+)
+def test_each_bar_stands_below_what_it_began_with(tmp_path, clean, labels):
+    rows = [
+        (cell, edits, source, "efficacy/exact", value, "", "", 5, "")
+        for cell, before in (("none", 0.1), ("RECT", clean))
+        for edits, source, value in ((0, "before", before), (9, "after", 0.9))
+    ]
+    made = {figure.name: figure for figure in figures(read(write_grid(tmp_path, rows, ["regulariser", *COLUMNS])))}
+    assert [series.label for series in made["editing-exact"].panels[0].series] == labels
+
+
 def test_single_mode_has_no_growth(tmp_path):
     rows = [
         (cell, edits, source, "6/above_0.077", value, "", "", "", "")
