@@ -3,7 +3,8 @@
     python -m rect_lightning experiment --config paper_small_gpt2.yaml
     python -m benchmarks.claims runs/paper_small_gpt2 --out claims.md
 
-One table for each combination of the other axes. Values are means over the seeds with 95 % t intervals; what is compared with
+One table for each combination of the other axes. Values are means over the seeds with 95 % t intervals, for the ratio of
+perplexities from and to, both taken of the logarithm; n is told where it is not that of all seeds. What is compared with
 "none" is compared seed by seed, on the same records. The abilities are the main scores of the tasks, each as the share of
 what it was at 0 edits; their curve is its mean over all points measured after 0 edits, their end the last point.
 """
@@ -11,40 +12,33 @@ what it was at 0 edits; their curve is its mean over all points measured after 0
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from rect_lightning.experiments.grid import COLUMNS
-from rect_lightning.reports.intervals import t_interval
+from rect_lightning.reports.intervals import mean_and_interval
+from rect_lightning.reports.reading import read_grid
 from rect_lightning.reports.results import SEED, Results, Row, lower_is_better
 
-REGULARISER, NONE = "regulariser", "none"
+REGULARISER, NONE, PERPLEXITY = "regulariser", "none", "perplexity, ratio"
 EDITING = ("efficacy/exact", "generalisation/exact", "locality/unchanged")
 
 Cell = tuple[str, ...]
 Values = dict[str, float]
 
 
-def measured(table: Path) -> tuple[list[str], dict[Cell, list[Row]]]:
-    """The axes of a grid's table, and the rows of each cell.
+def measured(folder: Path) -> tuple[tuple[str, ...], dict[Cell, list[Row]]]:
+    """The axes of a grid, and the rows of each cell that is done.
 
     Raises:
-        ValueError: There is no axis of regularisers or of seeds.
+        ValueError: No cell is done, or there is no axis of regularisers or of seeds.
     """
-    with table.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    axes = [name for name in lines[0] if name not in COLUMNS]
-    if not {REGULARISER, SEED} <= {*axes}:
-        raise ValueError(f"{table} has the axes {', '.join(axes)}; {REGULARISER} and {SEED} are compared.")
-    cells: dict[Cell, list[Row]] = defaultdict(list)
-    for line in lines:
-        row = Row(edits=int(line["edits"]), source=line["source"], name=line["name"], value=float(line["value"]))
-        cells[tuple(line[axis] for axis in axes)].append(row)
-    return axes, cells
+    results = read_grid(folder)
+    if not {REGULARISER, SEED} <= {*results.axes}:
+        raise ValueError(f"{folder} has the axes {', '.join(results.axes)}; {REGULARISER} and {SEED} are compared.")
+    return results.axes, {cell: [row for row in results.rows if row.cell == cell] for cell in results.cells}
 
 
 def summary(rows: Sequence[Row]) -> Values:
@@ -64,7 +58,7 @@ def summary(rows: Sequence[Row]) -> Values:
         }
     for name, share in zip(results.main_scores, shares, strict=True):
         if share and lower_is_better(name):
-            found["perplexity, ratio"] = share[-1]
+            found[PERPLEXITY] = share[-1]
     return found
 
 
@@ -82,6 +76,7 @@ def tables(axes: Sequence[str], cells: Mapping[Cell, Sequence[Row]]) -> list[str
     for cell, rows in cells.items():
         others = tuple(level for i, level in enumerate(cell) if i not in (regulariser, seed))
         groups[others][cell[regulariser]][cell[seed]] = summary(rows)
+    most = len({cell[seed] for cell in cells})
     lines: list[str] = []
     for others, methods in groups.items():
         names = list(dict.fromkeys(name for seeds in methods.values() for values in seeds.values() for name in values))
@@ -90,32 +85,39 @@ def tables(axes: Sequence[str], cells: Mapping[Cell, Sequence[Row]]) -> list[str
             "| " + " | ".join(["", *names, "of none's efficacy", "of its generalisation", "curve less none's"]) + " |"
         )
         lines.append("|---" * (len(names) + 4) + "|")
+        none = methods.get(NONE, {})
         for method, seeds in methods.items():
-            cells_ = [_mean([values[name] for values in seeds.values() if name in values]) for name in names]
-            cells_ += [_kept(seeds, methods.get(NONE, {}), name) for name in EDITING[:2]]
-            cells_.append(_above(seeds, methods.get(NONE, {})))
+            columns = [
+                ([values[name] for values in seeds.values() if name in values], name == PERPLEXITY) for name in names
+            ]
+            columns += [(_kept(seeds, none, name), False) for name in EDITING[:2]]
+            columns.append((_above(seeds, none), False))
+            cells_ = [_mean(values, ratio=ratio, of=most) for values, ratio in columns]
             lines.append("| " + " | ".join([method, *cells_]) + " |")
         lines.append("")
     return lines
 
 
-def _kept(seeds: Mapping[str, Values], none: Mapping[str, Values], name: str) -> str:
+def _kept(seeds: Mapping[str, Values], none: Mapping[str, Values], name: str) -> list[float]:
     """A metric as a share of that of "none", seed by seed."""
     pairs = [(seeds[s][name], none[s][name]) for s in seeds if s in none and name in seeds[s] and none[s].get(name)]
-    return _mean([a / b for a, b in pairs])
+    return [a / b for a, b in pairs]
 
 
-def _above(seeds: Mapping[str, Values], none: Mapping[str, Values]) -> str:
+def _above(seeds: Mapping[str, Values], none: Mapping[str, Values]) -> list[float]:
     """How far the abilities' curve lies above that of "none", seed by seed."""
     name = "abilities, curve"
-    return _mean([seeds[s][name] - none[s][name] for s in seeds if s in none and name in seeds[s] and name in none[s]])
+    return [seeds[s][name] - none[s][name] for s in seeds if s in none and name in seeds[s] and name in none[s]]
 
 
-def _mean(values: Sequence[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.3f}" if values else ""
-    low, high = t_interval(values)
-    return f"{fmean(values):.3f} ± {(high - low) / 2:.3f}"
+def _mean(values: Sequence[float], *, ratio: bool, of: int) -> str:
+    if not values:
+        return ""
+    mean, low, high = mean_and_interval(values, ratio=ratio)
+    told = f"{mean:.3f}"
+    if low is not None and high is not None:
+        told += f" ({low:.3g} to {high:.3g})" if ratio else f" ± {(high - low) / 2:.3f}"
+    return told if len(values) == of else f"{told}, n = {len(values)}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -124,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="a grid's folder")
     parser.add_argument("--out", type=Path, help="file for the tables; printed if not given")
     args = parser.parse_args(arguments)
-    text = "\n".join(tables(*measured(args.folder / "table.csv")))
+    text = "\n".join(tables(*measured(args.folder)))
     if args.out:
         args.out.write_text(text, encoding="utf-8")
     else:

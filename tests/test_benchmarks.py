@@ -101,9 +101,29 @@ def test_the_claims_compare_seed_by_seed(tmp_path, capsys):
         rows += [f"ROME,{method},{seed},20,after,efficacy/exact,{exact},,,,"]
     (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
     claims.main([str(tmp_path)])
-    *_, none, rect = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    *_, none, rect = [
+        line.rstrip(" |").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")
+    ]
     # efficacy, abilities in the end and on average, perplexity; then as a share of none's, and what the curve is above it
     assert [cell.split(" ±")[0] for cell in none[1:]] == ["0.600", "0.500", "0.700", "2.000", "1.000", "", "0.000"]
     assert [cell.split(" ±")[0] for cell in rect[1:]] == ["0.500", "0.800", "0.900", "2.000", "0.875", "", "0.200"]
+    assert "n =" not in "".join(none + rect)
     half = 12.706 * 0.125  # t with one degree of freedom, times the standard error of .75 and 1
     assert rect[5] == f"0.875 ± {half:.3f}"
+
+
+def test_claims_of_fewer_seeds_say_so_and_of_no_cell_are_refused(tmp_path, capsys):
+    header = "editor,regulariser,seed,edits,source,name,value,low,high,n,unparseable"
+    done = [
+        f"ROME,{method},{seed},20,after,efficacy/exact,0.5,,,,"
+        for method, seed in (("none", 0), ("none", 1), ("RECT", 1))
+    ]
+    under_way = "ROME,RECT,0,10,task,sst2/paper,0.5,,,,"
+    (tmp_path / "table.csv").write_text("\n".join([header, *done, under_way, ""]))
+    claims.main([str(tmp_path)])
+    *_, none, rect = capsys.readouterr().out.strip().splitlines()
+    assert none == "| none | 0.500 | 1.000 |  |  |"
+    assert rect == "| RECT | 0.500, n = 1 | 1.000, n = 1 |  |  |"
+    (tmp_path / "table.csv").write_text(f"{header}\n")
+    with pytest.raises(ValueError, match=r"table\.csv has nothing to report: no cell in it is done"):
+        claims.main([str(tmp_path)])

@@ -13,8 +13,9 @@ import yaml
 from filelock import FileLock
 
 from rect_lightning.durable import whole_file
+from rect_lightning.experiments.reading import written
 
-State = Literal["new", "begun", "done", "changed"]
+State = Literal["new", "begun", "failed", "done", "changed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,32 +44,33 @@ class Cell:
         """What the run printed."""
         return self.folder / "cell.log"
 
+    @property
+    def failure(self) -> Path:
+        """Why the run failed, in a line, until it is started again."""
+        return self.folder / "failed"
+
     def lock(self) -> FileLock:
         """Held by the process that does the work."""
         return lock_of(self.folder)
 
     def state(self) -> State:
-        """new, begun (and broken off, failed or under way), done, or changed: begun or done with another configuration."""
+        """new, begun (and broken off or under way), failed, done, or changed: not new, but of another configuration."""
         if not (config := self.folder / "cell.yaml").is_file():
             return "new"
         if yaml.safe_load(config.read_text(encoding="utf-8")) != self.config:
             return "changed"
-        return "done" if (self.folder / "cell.json").is_file() else "begun"
+        if (self.folder / "cell.json").is_file():
+            return "done"
+        return "failed" if self.failure.is_file() else "begun"
 
     def prepare(self) -> None:
         """Make the folder ready to begin in, and empty where it was of another configuration; the lock is to be held."""
         if self.state() == "changed":
             shutil.rmtree(self.folder)
+        self.failure.unlink(missing_ok=True)
         if self.state() == "new":
             with whole_file(self.folder / "cell.yaml") as path:
-                path.write_text(yaml.dump(self.config, Dumper=_Plain, sort_keys=False), encoding="utf-8")
-
-
-class _Plain(yaml.SafeDumper):
-    """Writes out twice what occurs twice."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+                path.write_text(written(self.config), encoding="utf-8")
 
 
 def lock_of(folder: Path) -> FileLock:

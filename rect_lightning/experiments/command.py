@@ -52,7 +52,7 @@ def experiment(args: Sequence[str]) -> None:
         failed = [] if options.collect else run_grid(grid, jobs=options.jobs, only=only, rerun=options.rerun)
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command goes on.")
-    _log.info("The table: %s", collect(grid))
+    _log.info("The table: %s", collect(grid) if options.collect else grid.output / "table.csv")
     if failed:
         tails = [f"{cell.name}, from {cell.log}:\n{_tail(cell)}" for cell in failed]
         sys.exit("\n\n".join([f"{len(failed)} cells failed:", *tails]))
@@ -78,12 +78,14 @@ def _only(words: Sequence[str]) -> dict[str, list[str]]:
 
 def _show(cells: Sequence[Cell]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(*cells[0].levels, "state") if cells else Table()
     states = [cell.state() for cell in cells]
     for cell, state in zip(cells, states, strict=True):
-        table.add_row(*cell.levels.values(), state)
+        why = f": {cell.failure.read_text(encoding='utf-8').strip()}" if state == "failed" else ""
+        table.add_row(*cell.levels.values(), escape(state + why))
     console = Console()
     console.print(table)
     console.print(f"{len(cells)} cells, {states.count('done')} done")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rect_lightning.experiments.cell import Cell, slug
-from rect_lightning.experiments.reading import merged, read_mapping
+from rect_lightning.experiments.reading import merged, read_mapping, written
 from rect_lightning.shipped import configs_folder, find_config
 
 Config = dict[str, Any]
@@ -112,6 +112,12 @@ class Grid:
             ),
         )
 
+    def text(self) -> str:
+        """The grid as YAML that `load` reads, all bases written out."""
+        skip = [{axis: list(levels) for axis, levels in each.items()} for each in self.skip]
+        parts = {"name": self.name, "output": str(self.output), "base": self.base, "common": self.common}
+        return written({**parts, "axes": {axis: dict(levels) for axis, levels in self.axes.items()}, "skip": skip})
+
     def cells(self, only: Mapping[str, Collection[str]] | None = None) -> list[Cell]:
         """All cells, in order, the last axis fastest.
 
@@ -157,8 +163,12 @@ class Grid:
 
 
 def _read_base(files: Any) -> Config:
-    """The configurations in these files, later ones laid over earlier ones."""
-    return reduce(merged, (read_mapping(find_config(str(file))) for file in _listed(files)), {})
+    """The configurations in these files, or written out, later ones laid over earlier ones."""
+    return reduce(
+        merged,
+        (each if isinstance(each, dict) else read_mapping(find_config(str(each))) for each in _listed(files)),
+        {},
+    )
 
 
 def _with_base(level: Config) -> Config:

@@ -1,4 +1,4 @@
-"""YAML files as mappings, and one laid over another."""
+"""YAML files as mappings and mappings as YAML, and one mapping laid over another."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ def read_mapping(source: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{source} is no file that ends in .yaml, and no mapping in YAML.")
     return content
+
+
+class _Plain(yaml.SafeDumper):
+    """Writes out twice what occurs twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def written(config: dict[str, Any]) -> str:
+    """A mapping as YAML."""
+    return yaml.dump(config, Dumper=_Plain, sort_keys=False)
 
 
 def merged(config: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

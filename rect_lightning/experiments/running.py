@@ -29,7 +29,7 @@ _GRACE = 60.0
 def run_grid(
     grid: Grid, *, jobs: int = 1, only: Mapping[str, Collection[str]] | None = None, rerun: bool = False
 ) -> list[Cell]:
-    """Run all cells that are not done, each in a process of its own, and collect the table after each.
+    """Run all cells that are not done, each in a process of its own, and collect the table in the end.
 
     One that was broken off goes on from its last checkpoint. A cell that another command is running is waited for.
     Each process gets its share of the cores as ``OMP_NUM_THREADS``, unless that is set.
@@ -65,15 +65,16 @@ def run_grid(
                 cell, ended = running.pop(process), ended + 1
                 if process.returncode:
                     failed.append(cell)
+                    cell.failure.write_text(_reason(cell, process.returncode) + "\n", encoding="utf-8")
                 seconds = (time.monotonic() - start) / ended * (len(cells) - ended)
                 _log.info(
                     "%d of %d: %s %s; about %s to go", ended, len(cells), cell.name,
                     f"FAILED, see {cell.log}" if process.returncode else "done", timedelta(seconds=round(seconds)),
                 )  # fmt: skip
-                collect(grid)
             sleep(0.1)
     finally:
         _stop(running)
+        collect(grid)
     return failed
 
 
@@ -98,6 +99,13 @@ def _prepared(cell: Cell) -> bool:
     except Timeout:
         return False
     return True
+
+
+def _reason(cell: Cell, status: int) -> str:
+    """The last line that a cell printed, which of an error says what it was."""
+    lines = cell.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f"killed by signal {-status}" if status < 0 else last or f"exit status {status}"
 
 
 def _command(cell: Cell) -> list[str]:

@@ -1,11 +1,11 @@
-"""All that a grid has measured, in one tidy table."""
+"""All that runs have measured, as tidy rows: those of one run folder, and those of a grid in one table."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,57 +15,66 @@ from rect_lightning.experiments.grid import COLUMNS, Grid
 
 Row = dict[str, Any]
 
+_SIDE_EFFECTS = ("edits", "task", "score", "value", "low", "high", "n", "unparseable")
+
 
 def collect(grid: Grid) -> Path:
     """Write ``table.csv``: a row a measurement, of all cells that have begun with their present configuration.
+
+    Beside it ``grid.yaml`` says what the grid is.
 
     Returns:
         The table.
     """
     table = grid.output / "table.csv"
-    with lock_of(table), whole_file(table) as path, path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, (*grid.axes, *COLUMNS))
-        writer.writeheader()
-        for cell in grid.cells():
-            if cell.state() in ("begun", "done"):
-                writer.writerows({**cell.levels, **row} for row in measurements(cell.folder))
+    with lock_of(table):
+        with whole_file(grid.output / "grid.yaml") as path:
+            path.write_text(grid.text(), encoding="utf-8")
+        with whole_file(table) as path, path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, (*grid.axes, *COLUMNS))
+            writer.writeheader()
+            for cell in grid.cells():
+                if cell.state() in ("begun", "failed", "done"):
+                    writer.writerows({**cell.levels, **row} for row in measurements(cell.folder))
     return table
 
 
 def measurements(folder: Path) -> Iterator[Row]:
-    """The rows of one run folder, without the axes."""
-    for row in _read(folder / "side_effects.csv"):
+    """The rows of one run folder, without the axes; of a run that was broken off, as far as it came.
+
+    Raises:
+        ValueError: A file is broken.
+    """
+    for row in read_csv(folder / "side_effects.csv", _SIDE_EFFECTS):
         task, score = row.pop("task"), row.pop("score")
         yield {**row, "source": "edits" if task == "edits" else "task", "name": score}
-    edits = 0
+    provenance = read_json(folder / "provenance.json", {})
+    edits: int | None = None
     for edits, row in sorted(_operations(folder).items()):
-        yield from _operation(edits, row)
-    yield from _before_and_after(folder)
-    if (cell := folder / "cell.json").is_file():
-        for name, value in json.loads(cell.read_text(encoding="utf-8")).items():
-            yield {"edits": edits, "source": "cost", "name": name, "value": value}
+        yield from _operation(edits, row, change="alone" if provenance.get("mode") == "single" else "change")
+    yield from _before_and_after(folder, len(provenance["requests"]) if "requests" in provenance else edits)
+    for name, value in read_json(folder / "cell.json", {}).items():
+        yield {"edits": edits, "source": "cost", "name": name, "value": value}
 
 
-def _before_and_after(folder: Path) -> Iterator[Row]:
+def _before_and_after(folder: Path, edits: int | None) -> Iterator[Row]:
     from rect_lightning.callbacks.summary import requests_of
 
-    files = [folder / f"{name}.json" for name in ("metrics", "requests", "provenance")]
-    if not all(path.is_file() for path in files):
-        return
-    results, each, provenance = (json.loads(path.read_text(encoding="utf-8")) for path in files)
-    counts = requests_of(each)
-    for source, edits in (("before", 0), ("after", len(provenance["requests"]))):
-        for name, value in results[source].items():
-            yield {"edits": edits, "source": source, "name": name, "value": value, "n": counts.get(name)}
+    counts = requests_of(read_json(folder / "requests.json", []))
+    for source, values in read_json(folder / "metrics.json", {}).items():
+        for name, value in values.items():
+            at = 0 if source == "before" else edits
+            yield {"edits": at, "source": source, "name": name, "value": value, "n": counts.get(name)}
 
 
 def _operations(folder: Path) -> dict[int, Row]:
     """What was logged at each operation, by the number of edits then, which a resumed run may have made again."""
     logs = sorted(folder.glob("metrics.*.csv"), key=lambda path: int(path.suffixes[0][1:]))
     found: dict[int, Row] = {}
+    row: Row
     before = 0
     for path in (*logs, folder / "metrics.csv"):
-        for row in _read(path):
+        for row in read_csv(path):
             if row.get("edit/requests"):
                 edits = int(float(row["edit/requests"]))
                 found[edits] = row
@@ -75,23 +84,57 @@ def _operations(folder: Path) -> dict[int, Row]:
     return found
 
 
-def _operation(edits: int, row: Row) -> Iterator[Row]:
+def _operation(edits: int, row: Row, *, change: str) -> Iterator[Row]:
     made = row.pop("made")
-    yield {
-        "edits": edits, "source": "cost", "name": "seconds_per_edit", "value": float(row["edit/seconds"]) / made, "n": made,
-    }  # fmt: skip
+    if seconds := row.get("edit/seconds"):
+        yield {
+            "edits": edits, "source": "cost", "name": "seconds_per_edit", "value": float(seconds) / made, "n": made,
+        }  # fmt: skip
     for name, value in row.items():
         kind, _, rest = name.partition("/")
         if value and kind == "change":
-            yield {"edits": edits, "source": "change", "name": rest, "value": value}
+            yield {"edits": edits, "source": change, "name": rest, "value": value}
         elif value and rest and kind not in ("edit", "side", "before", "after"):
             yield {"edits": edits, "source": "regulariser", "name": name, "value": value}
 
 
-def _read(path: Path) -> list[Row]:
-    """The rows of a table that may be missing, or lack the end of its last line."""
-    if not path.is_file():
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def read_csv(file: Path, last: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of a table that may be missing, or lack the end of its last line.
+
+    Args:
+        file: The table.
+        last: What its last columns have to be.
+
+    Raises:
+        ValueError: It is no such table.
+    """
+    if not file.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        text = file.read()
-    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    try:
+        text = file.read_bytes().decode("utf-8")
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), restval="")
+        columns, lines = list(reader.fieldnames or ()), list(reader)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no table of comma-separated values ({error}).") from error
+    if columns and last and columns[-len(last) :] != list(last):
+        raise ValueError(f"{file}: the last columns should be {', '.join(last)}, and all are {', '.join(columns)}.")
+    if broken := next((number for number, line in enumerate(lines, 2) if None in line), None):
+        raise ValueError(f"{file}, line {broken}: it has more fields than there are columns.")
+    return lines
+
+
+def read_json(file: Path, missing: Any) -> Any:
+    """The content of a file, or what stands for it where it is missing.
+
+    Raises:
+        ValueError: It is broken.
+    """
+    if not file.is_file():
+        return missing
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{file} is broken: {error}. Measure the run again, or remove the file.") from error

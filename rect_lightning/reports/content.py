@@ -6,14 +6,14 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from math import isfinite, log10
+from math import inf, isfinite, log10
 from statistics import fmean
 
-from rect_lightning.reports.figures import Figure, Mark, Panel, Series
+from rect_lightning.reports.figures import BEFORE, NONE, Figure, Mark, Panel, Series
 from rect_lightning.reports.results import Results, Row, lower_is_better
 
 _METRICS = ("efficacy", "generalisation", "locality")
-_REFERENCE = -1
+PERPLEXITY = "Perplexity, e to the power of the mean loss a token of a text, is better the lower it is."
 
 
 class Grouping:
@@ -34,6 +34,8 @@ class Grouping:
         self.outer = [i for i in varies if i not in self.inner]
         self.axis = results.axes[self.inner[0]] if self.inner else ""
         self.labels = list(dict.fromkeys(self.label(cell) for cell in results.cells))
+        others = [label for label in self.labels if label != "none"]
+        self.styles = {label: others.index(label) if label in others else NONE for label in self.labels}
         self.groups = list(dict.fromkeys(self.group(cell) for cell in results.cells))
 
     def label(self, cell: Sequence[str]) -> str:
@@ -51,8 +53,8 @@ class Grouping:
     def split(self, rows: Iterable[Row], group: str) -> list[tuple[str, int, list[Row]]]:
         """Label, style and rows of each series of a group."""
         found = [row for row in rows if self.group(row.cell) == group]
-        sorted_out = [[row for row in found if self.label(row.cell) == label] for label in self.labels]
-        return [(label, i, own) for i, (label, own) in enumerate(zip(self.labels, sorted_out, strict=True)) if own]
+        sorted_out = {label: [row for row in found if self.label(row.cell) == label] for label in self.labels}
+        return [(label, self.styles[label], own) for label, own in sorted_out.items() if own]
 
 
 def figures(results: Results) -> list[Figure]:
@@ -69,15 +71,43 @@ def figures(results: Results) -> list[Figure]:
     return [figure for figure in made if figure is not None and figure.panels]
 
 
-def interval_note(results: Results) -> str:
-    """What an interval in these results means."""
-    if results.seeds > 1:
-        return f"Values are means over {results.seeds} seeds, with 95 % t intervals of the mean."
-    return "Intervals are 95 % and speak of the choice of records alone."
+def seeds_told(counts: Iterable[int]) -> str:
+    """What values are means of, and what their intervals mean, given the number of seeds of each."""
+    counts = sorted(counts)
+    least, most = counts[0], counts[-1]
+    if most == 1:
+        return "Values are of one seed each, so there are no intervals."
+    number, rest = (f"{most}", "") if least == most else (f"{least} to {most}", " where there are two seeds or more")
+    return (
+        f"Values are means over {number} seeds, with 95 % t intervals of the mean{rest}; of perplexity, both are taken of the "
+        "logarithm."
+    )
 
 
-def _seed_note(results: Results) -> str:
-    return interval_note(results) if results.seeds > 1 else ""
+def _noted(caption: str, results: Results, panels: Sequence[Panel]) -> str:
+    """A caption, and what its values and intervals are."""
+    series = [s for panel in panels for s in panel.series]
+    bounded = any(v is not None for s in series for v in (*s.low, *s.x_low))
+    counts = [n for s in series for n in s.seeds]
+    if results.seeds > 1 and counts:
+        caption += f" {seeds_told(counts)}"
+    elif bounded:
+        caption += " Intervals are 95 % and speak of the choice of records alone."
+    if bounded and any(panel.bare for panel in panels):
+        caption += " Where there are more than four lines, intervals stand in the data alone."
+    return caption
+
+
+def _series(label: str, style: int, rows: Sequence[Row], x: Iterable[float]) -> Series:
+    return Series(
+        label=label,
+        style=style,
+        x=tuple(x),
+        y=tuple(row.value for row in rows),
+        low=tuple(row.low for row in rows),
+        high=tuple(row.high for row in rows),
+        seeds=tuple(row.seeds for row in rows),
+    )
 
 
 # Editing -------------------------------------------------------------------------------------------------------------
@@ -94,31 +124,24 @@ def _trade_off(results: Results, by: Grouping) -> Figure | None:
             kept = next((row for row in results.of("kept") if row.cell == rows[0].cell), None)
             if kept is not None:
                 edited = rows[-1]
-                series.append(
-                    Series(
-                        label=label,
-                        style=style,
-                        x=(edited.value,),
-                        y=(kept.value,),
-                        low=(kept.low,),
-                        high=(kept.high,),
-                        x_low=(edited.low,),
-                        x_high=(edited.high,),
-                    )
-                )
+                point = _series(label, style, [kept], [edited.value])
+                series.append(replace(point, x_low=(edited.low,), x_high=(edited.high,)))
         if series:
             title = group or "Editing against ability"
             panels.append(
                 Panel(kind="points", title=title, x_label=score, y_label="ability kept", series=tuple(series))
             )
     tasks = ", ".join(name.split("/")[0] for name in results.main_scores) or "perplexity"
+    caption = (
+        f"To the right, {score}: how well the edits took. Up: how much of the model's abilities is left, the mean share of "
+        f"{tasks} that is left after the edits (of perplexity, its inverse); what the clean model cannot do at all is left "
+        "out. The best place is at the upper right."
+    )
     return Figure(
         name="score-and-ability",
         section="Trade-off",
         title="How well the edits took, and what is left of the model's abilities",
-        caption=f"Further right the edits took better, higher up more of the model's abilities is left. Ability kept is the "
-        f"mean share of {tasks} that is left after the edits (of perplexity, its inverse); what the clean model cannot do "
-        f"at all is left out. {_seed_note(results)}".strip(),
+        caption=_noted(caption, results, panels),
         panels=tuple(panels),
     )
 
@@ -132,12 +155,16 @@ def _editing(results: Results, by: Grouping, group: str) -> list[Figure]:
         panels = []
         for metric in _METRICS:
             name = f"{metric}/{kind}"
-            before = [row for row in results.of("before", name) if by.group(row.cell) == group]
-            series = [_bar("before", _REFERENCE, before[0])] if before else []
-            series += [
-                _bar(label, style, rows[-1]) for label, style, rows in by.split(results.of("after", name), group)
-            ]
-            if len(series) > len(before[:1]):
+            after = by.split(results.of("after", name), group)
+            clean = {label: rows[-1:] for label, _, rows in by.split(results.of("before", name), group)}
+            series: list[Series] = []
+            shown = inf
+            for label, style, rows in after:
+                if label in clean and abs(clean[label][0].value - shown) >= 1e-3:
+                    series.append(_series("before", BEFORE, clean[label], [0]))
+                    shown = clean[label][0].value
+                series.append(_series(label, style, rows[-1:], [0]))
+            if after:
                 panels.append(
                     Panel(
                         kind="bars",
@@ -150,57 +177,66 @@ def _editing(results: Results, by: Grouping, group: str) -> list[Figure]:
                 )
         counts = {row.n for row in results.of("after", f"efficacy/{kind}") if row.n}
         requests = f" {min(counts)} requests." if len(counts) == 1 else ""
+        caption = (
+            f"{told}: after the prompt (efficacy), after its paraphrases (generalisation), and for neighbours that should "
+            f"not change (locality).{requests} What stands below “before” began there."
+        )
         made.append(
             Figure(
                 name=_slug("editing", kind, by.suffix(group)),
                 section="Editing",
                 title=_titled("Did the edits take?" if kind == "probability" else "Word for word", group),
-                caption=f"{told}: after the prompt (efficacy), after its paraphrases (generalisation), and for neighbours "
-                f"that should not change (locality).{requests} {_seed_note(results)}".strip(),
+                caption=_noted(caption, results, panels),
                 panels=tuple(panels),
             )
         )
     return made
 
 
-def _bar(label: str, style: int, row: Row) -> Series:
-    return Series(label=label, style=style, x=(0,), y=(row.value,), low=(row.low,), high=(row.high,))
-
-
 # Curves --------------------------------------------------------------------------------------------------------------
 
 
 def _abilities(results: Results, by: Grouping, group: str) -> Figure:
+    panels = _curves(results, by, group, "task", results.main_scores)
+    perplexity = f" {PERPLEXITY}" * any(lower_is_better(panel.title) for panel in panels)
+    caption = (
+        "The model's abilities, by the main score of each task, against the number of edits made; 0 edits is the clean model."
+        f"{perplexity}"
+    )
     return Figure(
         name=_slug("main-scores", by.suffix(group)),
         section="Abilities",
         title=_titled("What the edits cost", group),
-        caption="The model's abilities, by the main score of each task, against the number of edits made; 0 edits is the "
-        f"clean model. Perplexity is better the lower it is. {interval_note(results)}",
-        panels=_curves(results, by, group, "task", results.main_scores),
+        caption=_noted(caption, results, panels),
+        panels=panels,
     )
 
 
 def _further_scores(results: Results, by: Grouping, group: str) -> Figure:
     main = results.main_scores
+    panels = _curves(results, by, group, "task", [name for name in results.names("task") if name not in main])
+    caption = (
+        "Scores whose name ends in paper follow the published prompts and rules with their faults, and are never mixed with "
+        "the others."
+    )
     return Figure(
         name=_slug("further-scores", by.suffix(group)),
         section="Abilities",
         title=_titled("The same tasks by other scores", group),
-        caption="Scores whose name ends in paper follow the published prompts and rules with their faults, and are never mixed "
-        f"with the others. {interval_note(results)}",
-        panels=_curves(results, by, group, "task", [name for name in results.names("task") if name not in main]),
+        caption=_noted(caption, results, panels),
+        panels=panels,
     )
 
 
 def _edits_hold(results: Results, by: Grouping, group: str) -> Figure:
     names = [name for name in results.names("edits") if name.endswith("/probability")]
+    panels = _curves(results, by, group, "edits", names)
     return Figure(
         name=_slug("edits-hold", by.suffix(group)),
         section="Editing",
         title=_titled("Do earlier edits hold?", group),
-        caption=f"All edits made so far, measured again as they pile up. {_seed_note(results)}".strip(),
-        panels=_curves(results, by, group, "edits", names),
+        caption=_noted("All edits made so far, measured again as they pile up.", results, panels),
+        panels=panels,
     )
 
 
@@ -212,7 +248,7 @@ def _curves(results: Results, by: Grouping, group: str, source: str, names: Sequ
         series = [line for line in series if line.x]
         if max((len(line.x) for line in series), default=0) > 1:
             values = [y for line in series for y in line.y]
-            harm, log = lower_is_better(name), max(values) > 20 * min(values) > 0
+            harm, log = lower_is_better(name), max(values) > 5 * min(values) > 0
             hint = ("lower is better" + ", log scale" * log) if harm else ""
             panels.append(
                 Panel(
@@ -229,39 +265,28 @@ def _curves(results: Results, by: Grouping, group: str, source: str, names: Sequ
 
 
 def _line(label: str, style: int, rows: Iterable[Row]) -> Series:
-    rows = sorted(
-        (row for row in rows if row.edits is not None and isfinite(row.value)), key=lambda row: row.edits or 0
-    )
-    return Series(
-        label=label,
-        style=style,
-        x=tuple(float(row.edits or 0) for row in rows),
-        y=tuple(row.value for row in rows),
-        low=tuple(row.low for row in rows),
-        high=tuple(row.high for row in rows),
-    )
+    found = {row.edits: row for row in rows if row.edits is not None and isfinite(row.value)}
+    return _series(label, style, [found[edits] for edits in sorted(found)], map(float, sorted(found)))
 
 
 # Weights -------------------------------------------------------------------------------------------------------------
 
-_CHANGE = re.compile(r"(?:change/)?(\d+)/above_([\d.]+)")
+_CHANGE = re.compile(r"(\d+)/above_([\d.]+)")
 
 
-def _shares_above(results: Results) -> dict[str, dict[int, list[Row]]]:
+def _shares_above(rows: Iterable[Row]) -> dict[str, dict[int, list[Row]]]:
     """By threshold and layer, the shares of entries whose relative change is above the threshold."""
     found: dict[str, dict[int, list[Row]]] = {}
-    for row in results.of("change"):
+    for row in rows:
         if match := _CHANGE.fullmatch(row.name):
             found.setdefault(match[2], {}).setdefault(int(match[1]), []).append(row)
     return found
 
 
-def _growth(results: Results, by: Grouping, group: str) -> Figure | None:
+def _growth(results: Results, by: Grouping, group: str) -> Figure:
     """How far the weights are from the clean ones, as edits pile up: one line a layer, or a regulariser where there are any."""
-    if not results.piles_up:
-        return None
     panels = []
-    for threshold, layers in _shares_above(results).items():
+    for threshold, layers in _shares_above(results.of("change")).items():
         told = {"x_label": "edits", "y_label": f"share of entries with δ > {threshold}", "share": True}
         if by.inner:
             rows = _mean_over_layers(layers.values())
@@ -270,12 +295,16 @@ def _growth(results: Results, by: Grouping, group: str) -> Figure | None:
         else:
             series = [_line(f"layer {n}", i, rows) for i, (n, rows) in enumerate(sorted(layers.items()))]
             panels.append(_lines(f"δ > {threshold}", series, told))
+    panels = [panel for panel in panels if max((len(s.x) for s in panel.series), default=0) > 1]
+    caption = (
+        "The share of the edited weights' entries whose relative change since the clean model, |ΔW/W|, is above δ."
+    )
     return Figure(
         name=_slug("growth", by.suffix(group)),
         section="Weights",
         title=_titled("How far the weights have moved", group),
-        caption="The share of the edited weights' entries whose relative change since the clean model, |ΔW/W|, is above δ.",
-        panels=tuple(panel for panel in panels if max((len(s.x) for s in panel.series), default=0) > 1),
+        caption=_noted(caption, results, panels),
+        panels=tuple(panels),
     )
 
 
@@ -284,7 +313,9 @@ def _mean_over_layers(layers: Iterable[Sequence[Row]]) -> list[Row]:
     found: dict[tuple[tuple[str, ...], int | None], list[Row]] = {}
     for row in itertools.chain.from_iterable(layers):
         found.setdefault((row.cell, row.edits), []).append(row)
-    return [replace(rows[0], value=fmean(row.value for row in rows)) for rows in found.values()]
+    means = [replace(rows[0], value=fmean(row.value for row in rows)) for rows in found.values()]
+    single = all(len(rows) == 1 for rows in found.values())
+    return means if single else [replace(row, low=None, high=None) for row in means]  # layers vary together
 
 
 def _lines(title: str, series: Iterable[Series], told: dict) -> Panel:
@@ -296,10 +327,10 @@ def _layers(results: Results, by: Grouping, group: str) -> Figure | None:
     if not by.inner:
         return None
     panels = []
-    for threshold, layers in _shares_above(results).items():
+    for threshold, layers in _shares_above([*results.of("change"), *results.of("alone")]).items():
         own = {layer: rows for layer, rows in sorted(layers.items()) if any(by.group(r.cell) == group for r in rows)}
         last = [
-            (label, column, max(rows, key=lambda row: row.edits or 0).value)
+            (label, column, _in_the_end(rows))
             for column, layer_rows in enumerate(own.values())
             for label, _, rows in by.split(layer_rows, group)
         ]
@@ -320,14 +351,25 @@ def _layers(results: Results, by: Grouping, group: str) -> Figure | None:
                     percent=True,
                 )
             )
+    alone = (
+        " Each edit made from the clean model, nothing piles up: there is no curve, and the mean over the edits is shown."
+        if any(by.group(row.cell) == group for row in results.of("alone"))
+        else ""
+    )
     return Figure(
         name=_slug("layers", by.suffix(group)),
         section="Weights",
         title=_titled("Where the weights have changed", group),
         caption="After the last edit: the share of each layer's entries whose relative change δ = |ΔW/W| since the clean model "
-        "is above the threshold.",
+        f"is above the threshold.{alone}",
         panels=tuple(panels),
     )
+
+
+def _in_the_end(rows: Sequence[Row]) -> float:
+    if rows[0].source == "alone":
+        return fmean(row.value for row in rows)
+    return max(rows, key=lambda row: row.edits or 0).value
 
 
 def _distribution(results: Results) -> Figure | None:
@@ -337,7 +379,7 @@ def _distribution(results: Results) -> Figure | None:
         return None
     edges, width = _edges(results), 5
     first, last = _extent(results, width)
-    ticks = tuple(f"{10 ** edges[i]:.0e}" for i in range(first, last, width))
+    ticks = tuple(f"{float(f'{10 ** edges[i]:.0e}'):g}" for i in range(first, last, width))
     series = [
         Series(
             label=f"layer {layer['layer']}",

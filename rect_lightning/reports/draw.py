@@ -8,17 +8,18 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from html import escape
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from rect_lightning.durable import whole_file
-from rect_lightning.reports.figures import Figure, Panel, Series
+from rect_lightning.reports.figures import BEFORE, Figure, Panel, Series
 from rect_lightning.reports.palette import LIGHT, SERIES, series_colour
 
 WIDTH = 310.0
 """Of a panel, in points: as wide as a phone, so that its text is legible there."""
 _SMALL, _TEXT = 10.5, 11.5
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_MARKERS = ("o", "s", "^", "D", "v", "P")  # as many as dashes and colours, of which each round pairs others
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (6, 1.5, 1.4, 1.5)), (0, (3, 1.2, 1, 1.2, 1, 1.2)), (0, (9, 2)))
 _RC = {
     "svg.fonttype": "none",  # text stays text
@@ -120,8 +121,8 @@ def _draw(canvas: Any, panel: Panel, *, left: float, top: float, size: tuple[flo
     inset = {"lines": 42.0, "points": 42.0, "steps": 42.0}.get(panel.kind, _label_width(panel.series) + 12)
     above, below = 44.0, {"bars": 10.0}.get(panel.kind, 40.0)
     right = 14.0
-    if panel.kind == "lines" and len(panel.series) > 1:
-        right = _label_width(panel.series) + 12
+    if panel.kind == "points" or (panel.kind == "lines" and len(panel.series) > 1):
+        right = _label_width(panel.series) + 26
     elif panel.kind == "bars":
         right = 44.0
     box = (left + inset, top - height + below, WIDTH - inset - right, height - above - below)
@@ -156,7 +157,16 @@ def _style(series: Series) -> dict[str, Any]:
 
 
 def _marker(style: int) -> str:
-    return _MARKERS[(style + style // SERIES) % len(_MARKERS)]
+    return _MARKERS[_turn(style) % len(_MARKERS)]
+
+
+def _dash(style: int) -> Any:
+    return _DASHES[_turn(style) % len(_DASHES)]
+
+
+def _turn(style: int) -> int:
+    """One on in each round of the colours."""
+    return max(0, style + style // SERIES)
 
 
 def _grid(axes: Any, which: str = "y") -> None:
@@ -174,21 +184,25 @@ def _percent(axis: Any) -> None:
 
 
 def _lines(axes: Any, panel: Panel) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     _grid(axes)
     for series in panel.series:
-        if any(low is not None for low in series.low):
+        if not panel.bare and any(low is not None for low in series.low):
             low, high = (
                 [y if v is None else v for v, y in zip(vs, series.y, strict=True)] for vs in (series.low, series.high)
             )
             axes.fill_between(series.x, low, high, alpha=0.13, linewidth=0, **_style(series))
         axes.plot(
-            series.x, series.y, linestyle=_DASHES[series.style % len(_DASHES)], linewidth=1.8, marker=_marker(series.style),
-            markersize=5, markeredgecolor=LIGHT["paper"], markeredgewidth=0.9, clip_on=False, zorder=3, **_style(series),
+            series.x, series.y, linestyle=_dash(series.style), linewidth=1.8, marker=_marker(series.style),
+            markevery=-(-len(series.x) // 12), markersize=5, markeredgecolor=LIGHT["paper"], markeredgewidth=0.9, clip_on=False,
+            zorder=3, **_style(series),
         )  # fmt: skip
     if panel.log_y:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=7))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.minorticks_off()
     elif panel.share:
         axes.set_ylim(0, 1)
@@ -201,22 +215,26 @@ def _lines(axes: Any, panel: Panel) -> None:
 
 
 def _name_ends(axes: Any, series: Sequence[Series]) -> None:
-    """Each line's name at its end, moved apart where they would overlap."""
-    height = axes.get_window_extent().height * 72 / axes.figure.dpi
-    ends = sorted(((_in_points(axes, s.x[-1], s.y[-1])[1], s) for s in series), key=lambda end: end[0])
-    spread = _apart([y for y, _ in ends], 13.0 * max(len(_wrapped(s.label).splitlines()) for s in series), height)
-    for (_, s), y in zip(ends, spread, strict=True):
+    """Right of the axes each series' marker and name, at the height of its end, moved apart where they would overlap."""
+    axes.get_ylim()  # settles limits that are still automatic
+    width, height = axes.get_window_extent().size * 72 / axes.figure.dpi
+    place = axes.transData + axes.transAxes.inverted()
+    ends = sorted(((place.transform((s.x[-1], s.y[-1]))[1], s) for s in series), key=lambda end: end[0])
+    gap = 13.0 * max(len(_wrapped(s.label).splitlines()) for s in series) / height
+    for (_, s), y in zip(ends, _apart([y for y, _ in ends], gap, 1.0), strict=True):
+        axes.plot(
+            1 + 11 / width,
+            y,
+            marker=_marker(s.style),
+            markersize=5,
+            clip_on=False,
+            transform=axes.transAxes,
+            **_style(s),
+        )
         axes.annotate(
-            _wrapped(s.label), (s.x[-1], s.y[-1]), xytext=(axes.get_window_extent().width * 72 / axes.figure.dpi + 9, y),
-            textcoords="axes points", va="center", fontsize=_SMALL, annotation_clip=False, **_style(s),
+            _wrapped(s.label), (1 + 18 / width, y), xycoords="axes fraction", va="center", fontsize=_SMALL,
+            annotation_clip=False, **_style(s),
         )  # fmt: skip
-
-
-def _in_points(axes: Any, x: float, y: float) -> tuple[float, float]:
-    """A place of the data in points from the lower left of the axes."""
-    axes.get_xlim()  # settles limits that are still automatic
-    at = axes.transData.transform((x, y)) - axes.transAxes.transform((0, 0))
-    return at[0] * 72 / axes.figure.dpi, at[1] * 72 / axes.figure.dpi
 
 
 def _apart(places: Sequence[float], gap: float, room: float) -> list[float]:
@@ -243,26 +261,7 @@ def _points(axes: Any, panel: Panel) -> None:
     axes.margins(0.16)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5))
-    taken = [_in_points(axes, s.x[0], s.y[0]) for s in panel.series]
-    boxes = [(x - 5, y - 5, x + 5, y + 5) for x, y in taken]
-    for s in panel.series:
-        left, low = _in_points(axes, (s.x_low or s.x)[0] or s.x[0], (s.low or s.y)[0] or s.y[0])
-        right, high = _in_points(axes, (s.x_high or s.x)[0] or s.x[0], (s.high or s.y)[0] or s.y[0])
-        x, y = _in_points(axes, s.x[0], s.y[0])
-        boxes += [(left, y - 1, right, y + 1), (x - 1, low, x + 1, high)]
-    width = axes.get_window_extent().width * 72 / axes.figure.dpi
-    for s, (x, y) in zip(panel.series, taken, strict=True):
-        w, h = _text_width(s.label), 12.0
-        beside = [(x + 9, y - 4), (x + 6, y + 6), (x + 6, y - 15), (x - w, y + 6), (x - w, y - 15), (x - 9 - w, y - 4)]
-        choices = [*beside, (x - w / 2, y + 12), (x - w / 2, y - 22), (x + 9, y + 14), (x + 9, y - 24)]
-        fits = [c for c in choices if c[0] > 0 and c[0] + w < width + 12]
-        at = min(fits or choices, key=lambda c: sum(_overlap((*c, c[0] + w, c[1] + h), box) for box in boxes))
-        boxes.append((*at, at[0] + w, at[1] + h))
-        axes.annotate(s.label, at, xycoords="axes points", fontsize=_SMALL, annotation_clip=False, **_style(s))
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    _name_ends(axes, panel.series)
 
 
 def _reach(middle: Sequence[float], low: Sequence[float | None], high: Sequence[float | None]) -> Any:
@@ -279,8 +278,8 @@ def _bars(axes: Any, panel: Panel) -> None:
     rows = range(len(panel.series))
     for row, s in zip(rows, panel.series, strict=True):
         axes.barh(row, s.y, height=0.56, xerr=_reach(s.y, s.low, s.high), error_kw={"elinewidth": 1.2, "ecolor": LIGHT["ink"]},
-                  alpha=0.45 if s.style < 0 else 1, **_style(s))  # fmt: skip
-        end = max([*s.y, *(v for v in s.high if v is not None), 0])
+                  alpha=0.45 if s.style == BEFORE else 1, **_style(s))  # fmt: skip
+        end = min(max([*s.y, *(v for v in s.high if v is not None), 0]), 1 if panel.share else inf)
         axes.annotate(f"{s.y[0]:.2f}", (end, row), xytext=(6, 0), textcoords="offset points", va="center", fontsize=_SMALL,
                       color=LIGHT["ink"], annotation_clip=False)  # fmt: skip
     axes.set_yticks(rows, [_wrapped(s.label) for s in panel.series], color=LIGHT["ink"])
@@ -343,6 +342,6 @@ def _heat(axes: Any, panel: Panel) -> None:
     axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
     axes.set_ylim(len(panel.series) - 0.5, -0.5)
     axes.set_yticks(range(len(panel.series)), [s.label for s in panel.series], color=LIGHT["ink"])
-    every = 1 if few else -(-len(panel.ticks) // 6)
+    every = 1 if few else -(-len(panel.ticks) // 5)
     axes.set_xticks(range(0, len(panel.ticks), every), panel.ticks[::every])
     axes.spines["bottom"].set_visible(False)

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+NONE, BEFORE = -1, -2
+"""Styles of what others are compared with: that without what they have, and the clean model."""
+_BANDS = 4
+"""The most lines whose intervals can be told apart."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
@@ -12,7 +17,7 @@ class Series:
 
     label: str
     style: int
-    """Number of its colour, marker and dash; one label has one in all figures. -1 is for what others are compared with."""
+    """Number of its colour, marker and dash; one label has one in all figures. Or `NONE` or `BEFORE`."""
     x: tuple[float, ...]
     y: tuple[float, ...]
     low: tuple[float | None, ...] = ()
@@ -20,6 +25,8 @@ class Series:
     high: tuple[float | None, ...] = ()
     x_low: tuple[float | None, ...] = ()
     x_high: tuple[float | None, ...] = ()
+    seeds: tuple[int, ...] = ()
+    """Of how many seeds each y is the mean, or nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +41,8 @@ class Mark:
 class Panel:
     """One pair of axes.
 
-    Kinds: lines, with bands for intervals; points, each named; bars, one horizontal bar a series, of length y;
-    steps, a histogram whose bins begin at x and end with the next x, the last of which only ends one; heat, a row of
+    Kinds: lines, with bands for intervals where they are few; points, each named; bars, one horizontal bar a series, of
+    length y; steps, a histogram whose bins begin at x and end with the next x, the last of which only ends one; heat, a row of
     cells a series, at 0, 1, 2 …, the darker the larger y is.
     """
 
@@ -55,10 +62,23 @@ class Panel:
     percent: bool = False
     """y is told in per cent."""
 
-    def rows(self) -> list[tuple[str, str, str | float, float, float | None, float | None]]:
-        """The data: panel, series, x, y and y's interval."""
+    @property
+    def bare(self) -> bool:
+        """Whether it has more lines than intervals could be drawn of."""
+        return self.kind == "lines" and len(self.series) > _BANDS
+
+    def rows(self) -> list[tuple[str, str, str | float, float, float | None, float | None, int | None]]:
+        """The data: panel, series, x, y, y's interval and number of seeds."""
         return [
-            (self.title, s.label, self.ticks[int(x)] if self.ticks else x, y, _at(s.low, i), _at(s.high, i))
+            (
+                self.title,
+                s.label,
+                self.ticks[int(x)] if self.ticks else x,
+                y,
+                _at(s.low, i),
+                _at(s.high, i),
+                s.seeds[i] if s.seeds else None,
+            )
             for s in self.series
             for i, (x, y) in enumerate(zip(s.x, s.y, strict=False))  # steps have one more edge than bins
         ]

@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import atan, cos, pi, sin, sqrt
+from math import atan, cos, exp, inf, isclose, isfinite, log, pi, sin, sqrt
 from statistics import fmean, stdev
+
+
+def mean_and_interval(
+    values: Sequence[float], *, ratio: bool = False, low: float = -inf, high: float = inf
+) -> tuple[float, float | None, float | None]:
+    """A mean over seeds with its 95 % t interval; without one where there is one value, or all are equal or not finite.
+
+    Args:
+        values: One a seed.
+        ratio: Whether only quotients of them mean something, as of perplexities: mean and interval are those of the logarithms.
+        low: The least that there can be.
+        high: The most.
+    """
+    if ratio and min(values) > 0 and max(values) < inf:
+        mean, *ends = mean_and_interval([log(value) for value in values])
+        return exp(mean), *(None if end is None else exp(end) for end in ends)  # type: ignore[return-value]
+    mean = fmean(values)
+    if not all(map(isfinite, values)) or isclose(min(values), max(values), abs_tol=1e-9):
+        return mean, None, None
+    first, last = t_interval(values)
+    return mean, max(first, low), min(last, high)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:

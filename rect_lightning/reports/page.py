@@ -6,17 +6,18 @@ import base64
 import hashlib
 import importlib.util
 import logging
+import re
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import isfinite
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+from rect_lightning import __version__
 from rect_lightning.durable import whole_file
 from rect_lightning.metrics.definitions import DEFINITIONS
-from rect_lightning.provenance import versions
 from rect_lightning.reports import draw, palette
+from rect_lightning.reports.content import PERPLEXITY, seeds_told
 from rect_lightning.reports.content import figures as figures_of
 from rect_lightning.reports.figures import Figure
 from rect_lightning.reports.reading import read
@@ -70,7 +71,7 @@ def html(results: Results) -> str:
     environment = Environment(
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "exact": repr}
+    environment.filters |= {"number": number, "exact": repr, "unbroken": _unbroken}
     script = (here / "page.js").read_text(encoding="utf-8")
     sections = [
         (section, [_Drawn.of(figure) for figure in own])
@@ -87,7 +88,7 @@ def html(results: Results) -> str:
         metrics=_metrics(results),
         cells=_cells(results),
         sections=sections,
-        version=versions()["rect_lightning"],
+        version=__version__,
     )
 
 
@@ -98,6 +99,13 @@ def number(value: float | None) -> str:
     if not isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _unbroken(text: str) -> str:
+    """Markup of a text that breaks no line within ``|ΔW/W|``."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"\|[^| ]+\|", r'<span class="unbroken">\g<0></span>', str(escape(text))))
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,10 @@ class _Drawn:
     def intervals(self) -> bool:
         return any(row[4] is not None for row in self.rows)
 
+    @property
+    def seeds(self) -> bool:
+        return any((row[6] or 1) > 1 for row in self.rows)
+
 
 # Tables --------------------------------------------------------------------------------------------------------------
 
@@ -145,10 +157,11 @@ def _metrics(results: Results) -> list[tuple[str, str, Row | None, Row]]:
     """Of a run, each metric: name, definition, before, after."""
     if results.axes:
         return []
-    return [
-        (row.name, DEFINITIONS.get(row.name, ""), _only(results, "before", row.name), row)
-        for row in results.of("after")
-    ]
+    return [(row.name, _definition(row.name), _only(results, "before", row.name), row) for row in results.of("after")]
+
+
+def _definition(name: str) -> str:
+    return PERPLEXITY if lower_is_better(name) else DEFINITIONS.get(name, "")
 
 
 def _only(results: Results, source: str, name: str) -> Row | None:
@@ -156,9 +169,9 @@ def _only(results: Results, source: str, name: str) -> Row | None:
 
 
 def _cells(results: Results) -> dict[str, Any]:
-    """Of a grid, a row a cell: columns, and the cells with a value for each column."""
+    """Of a grid, a row a cell with a value for each column, and before them one of the clean model where it is another."""
     if not results.axes:
-        return {}
+        return {"columns": []}
     columns = [("after", name) for name in results.names("after")]
     columns += [("task", name) for name in results.main_scores]
     columns += [("kept", name) for name in results.names("kept")] + [("cost", name) for name in results.names("cost")]
@@ -167,13 +180,25 @@ def _cells(results: Results) -> dict[str, Any]:
     for row in sorted(results.rows, key=lambda row: row.edits or 0):
         found.setdefault((row.cell, row.source, row.name), []).append(row)
     last = {key: _cost(rows) if key[1] == "cost" else rows[-1] for key, rows in found.items()}
-    lines = [(cell, [last.get((cell, *column)) for column in columns]) for cell in results.cells]
-    clean: dict[tuple[str, str], list[Row]] = {}
-    for row in results.rows:
-        if row.source == "before" or (row.source == "task" and row.edits == 0):
-            clean.setdefault(("after" if row.source == "before" else "task", row.name), []).append(row)
-    before = [_before(clean[column]) if column in clean else None for column in columns]
-    return {"columns": [(source, _unit(name)) for source, name in columns], "before": before, "lines": lines}
+    clean = {(cell, "after", name): rows[0] for (cell, source, name), rows in found.items() if source == "before"}
+    clean |= {key: rows[0] for key, rows in found.items() if key[1] == "task" and rows[0].edits == 0}
+    lines: list[tuple[tuple[str, ...], list[Row | None]]] = []
+    shown: list[str] = []
+    for cell in results.cells:
+        before, after = ([of.get((cell, *column)) for column in columns] for of in (clean, last))
+        if (told := [number(row.value if row else None) for row in before]) != shown and any(told):
+            lines.append(((), before))
+            shown = told
+        lines.append((cell, after))
+    names = [_unit(name) if source != "kept" else "ability kept" for source, name in columns]
+    headings = [
+        f"{name}, as a task" if names.count(name) > 1 and source == "task" else name
+        for name, (source, _) in zip(names, columns, strict=True)
+    ]
+    note = seeds_told(row.seeds for row in last.values()) if results.seeds > 1 else ""
+    if any(lower_is_better(name) for name in headings):
+        note += f" {PERPLEXITY}"
+    return {"columns": headings, "lines": lines, "note": note}
 
 
 def _cost(rows: list[Row]) -> Row:
@@ -182,13 +207,6 @@ def _cost(rows: list[Row]) -> Row:
     mean = sum(row.value * n for row, n in zip(rows, counts, strict=True)) / sum(counts)
     scale = 1 if _unit(rows[0].name) == rows[0].name else 1e-9
     return replace(rows[-1], value=mean * scale, low=None, high=None)
-
-
-def _before(rows: list[Row]) -> Row:
-    """Of the clean model; where cells have other requests, the mean and the range."""
-    values = [row.value for row in rows]
-    same = max(values) - min(values) < 1e-3
-    return rows[0] if same else replace(rows[0], value=fmean(values), low=min(values), high=max(values))
 
 
 def _unit(name: str) -> str:

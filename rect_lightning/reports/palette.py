@@ -43,5 +43,5 @@ SERIES = sum(name.startswith("series-") for name in LIGHT)
 
 
 def series_colour(style: int) -> str:
-    """The name of the colour of a series."""
+    """The name of the colour of a series; negative styles are what others are compared with."""
     return f"series-{style % SERIES}" if style >= 0 else "reference"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
+from math import inf
 from statistics import fmean
 from typing import Any
 
-from rect_lightning.reports.intervals import t_interval
+from rect_lightning.reports.intervals import mean_and_interval
 
 SEED = "seed"
 """The axis that is averaged over."""
@@ -31,6 +31,8 @@ class Row:
     n: int | None = None
     """Of how many records it is the mean."""
     unparseable: float | None = None
+    seeds: int = 1
+    """Of how many seeds it is the mean; the interval is between seeds where there are several in the results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +44,13 @@ class Results:
     axes: tuple[str, ...] = ()
     rows: tuple[Row, ...]
     seeds: int = 1
-    """How many seeds a value is the mean of, at most."""
+    """How many seeds there are, of which a value is the mean of some or all."""
+    left_out: int = 0
+    """How many cells are left out because they are not done."""
     changes: dict[str, Any] = field(default_factory=dict)
     """``relative_change.json``."""
     keep: float | None = None
     """The share that RECT kept."""
-    piles_up: bool = True
-    """Whether later edits come on top of earlier ones."""
     samples: tuple[dict[str, str], ...] = ()
     configuration: dict[str, str] = field(default_factory=dict)
     """Files by name, as they are."""
@@ -118,27 +120,44 @@ def _share(before: Row, after: Row) -> float:
 
 
 def mean_over_seeds(results: Results) -> Results:
-    """Results without the axis `SEED`: means over the seeds, with t intervals where there are two or more."""
+    """Results without the axis `SEED`: means over the seeds, with t intervals between them where there are two or more.
+
+    Means of perplexities are geometric. Intervals of shares stay between 0 and 1.
+    """
     if SEED not in results.axes:
         return results
     at = results.axes.index(SEED)
+    seeds = len({row.cell[at] for row in results.rows})
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in results.rows:
         cell = (*row.cell[:at], *row.cell[at + 1 :])
         groups.setdefault((cell, row.edits, row.source, row.name), []).append(replace(row, cell=cell))
     axes = (*results.axes[:at], *results.axes[at + 1 :])
-    seeds = len({row.cell[at] for row in results.rows})
-    return replace(results, axes=axes, seeds=seeds, rows=tuple(_mean(rows) for rows in groups.values()))
+    if seeds == 1:
+        return replace(results, axes=axes, rows=tuple(row for rows in groups.values() for row in rows))
+    shares = _shares(results.rows)
+    return replace(results, axes=axes, seeds=seeds, rows=tuple(_mean(rows, shares) for rows in groups.values()))
 
 
-def _mean(rows: Sequence[Row]) -> Row:
-    if len(rows) == 1:
-        return rows[0]
-    values = [row.value for row in rows]
-    low, high = t_interval(values) if all(isfinite(value) for value in values) else (None, None)
+def _shares(rows: Iterable[Row]) -> set[tuple[str, str]]:
+    """Sources and names of what lies between 0 and 1 everywhere."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        found.setdefault((row.source, row.name), []).append(row.value)
+    measured = {key: values for key, values in found.items() if key[0] not in ("cost", "regulariser", "kept")}
+    return {key for key, values in measured.items() if min(values) >= 0 and max(values) <= 1}
+
+
+def _mean(rows: Sequence[Row], shares: Collection[tuple[str, str]]) -> Row:
+    first, values = rows[0], [row.value for row in rows]
+    share = (first.source, first.name) in shares
+    least = 0.0 if share or first.source == "kept" else -inf  # an ability may have grown, but not be less than none
+    mean, low, high = mean_and_interval(
+        values, ratio=lower_is_better(first.name), low=least, high=1.0 if share else inf
+    )
     unparseable = [row.unparseable for row in rows if row.unparseable is not None]
     return replace(
-        rows[0], value=fmean(values), low=low, high=high, unparseable=fmean(unparseable) if unparseable else None
+        first, value=mean, low=low, high=high, seeds=len(rows), unparseable=fmean(unparseable) if unparseable else None
     )
 
 

@@ -17,7 +17,7 @@ import yaml
 from lightning.pytorch import Callback
 
 from rect_lightning.cli import main
-from rect_lightning.experiments import Grid, collect, run_grid, running
+from rect_lightning.experiments import Grid, collect, command, run_grid, running
 from tests import tiny
 from tests.editors.test_base import opinionated
 from tests.test_cli import checkpoint, furnish, same_weights, settle
@@ -90,7 +90,7 @@ def ran(tmp_path_factory):
 def test_failed_cells_are_told_and_stop_no_other(ran):
     _, message, states, _, table = ran
     assert states == {
-        "none_calm": "done", "none_killed": "begun", "RECT-90_calm": "done", "RECT-90_killed": "begun",
+        "none_calm": "done", "none_killed": "failed", "RECT-90_calm": "done", "RECT-90_killed": "failed",
     }  # fmt: skip
     assert message.startswith("2 cells failed")
     assert "none_killed, from runs/small/none_killed/cell.log:\n" in message
@@ -175,6 +175,7 @@ def test_list_and_collect(ran, monkeypatch, capsys):
     monkeypatch.chdir(folder.parents[1])
     before = (folder / "table.csv").read_text()
     (folder / "table.csv").unlink()
+    (folder / "grid.yaml").unlink()
     main(["experiment", "--config", "small.yaml", "--list", "--only", "run=calm"])
     out = capsys.readouterr().out
     assert "2 cells, 2 done" in out
@@ -182,6 +183,9 @@ def test_list_and_collect(ran, monkeypatch, capsys):
     assert not (folder / "table.csv").exists()
     main(["experiment", "--config", "small.yaml", "--collect"])
     assert (folder / "table.csv").read_text() == before
+    again = Grid.load(folder / "grid.yaml")
+    assert again == Grid.load("small.yaml"), "bases are written out"
+    assert [cell.state() for cell in again.cells()] == ["done"] * 4
 
 
 # Scheduling, with processes that do nothing --------------------------------------------------------------------------
@@ -230,8 +234,30 @@ def test_a_failed_cell_stops_no_other(grid, monkeypatch, caplog):
     scripted(monkeypatch, f"[ $NAME = x_b-2 ] && exit 3; {DONE}")
     with caplog.at_level("INFO"):
         assert [cell.name for cell in run_grid(grid)] == ["x_b-2"]
-    assert [cell.state() for cell in grid.cells()] == ["done", "begun", "done", "done"]
+    assert [cell.state() for cell in grid.cells()] == ["done", "failed", "done", "done"]
     assert "2 of 4: x_b-2 FAILED, see " in caplog.text
+
+
+def test_why_a_cell_failed_is_told_until_it_is_started_again(grid, monkeypatch, capsys):
+    scripted(
+        monkeypatch, f"[ $NAME = x_b-1 ] && kill -9 $$; [ $NAME = x_b-2 ] && echo 'OSError: [full]' && exit 1; {DONE}"
+    )
+    run_grid(grid)
+    first, second = grid.cells()[:2]
+    assert first.failure.read_text() == "killed by signal 9\n"
+    command._show(grid.cells())
+    assert "failed: OSError: [full]" in capsys.readouterr().out
+    scripted(monkeypatch, f"[ -e $CELL/failed ] && exit 1; {DONE}")
+    assert run_grid(grid, only={"b": ["2"]}) == []
+    assert (first.state(), second.state()) == ("failed", "done")
+
+
+def test_the_table_is_collected_once_in_the_end(grid, monkeypatch):
+    tables = []
+    monkeypatch.setattr(running, "collect", tables.append)
+    scripted(monkeypatch, DONE)
+    run_grid(grid)
+    assert tables == [grid]
 
 
 def test_another_configuration_is_refused_or_made_anew(grid, monkeypatch):
@@ -286,6 +312,8 @@ def test_ctrl_c_lets_the_processes_save(grid, monkeypatch):
         run_grid(grid, jobs=2)
     assert len(list(grid.output.glob("*/saved"))) == 2
     assert not (grid.output / "y_b-1").exists()
+    assert (grid.output / "table.csv").is_file()
+    assert [cell.state() for cell in grid.cells()[:2]] == ["begun"] * 2
 
 
 def test_who_does_not_heed_ctrl_c_is_killed(grid, monkeypatch):

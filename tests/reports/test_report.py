@@ -4,12 +4,16 @@ import csv
 import importlib.util
 import re
 import shutil
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
 
-from rect_lightning import reports
+from rect_lightning import __version__, reports
+from rect_lightning.experiments.grid import COLUMNS
+from rect_lightning.reports import draw
 from rect_lightning.reports.content import figures
+from rect_lightning.reports.figures import NONE, Panel, Series
 from rect_lightning.reports.palette import DARK, LIGHT, series_colour
 from rect_lightning.reports.reading import read
 from tests.reports.samples import PROMPT, RESULTS, grid_rows, write_grid, write_run
@@ -83,6 +87,7 @@ def test_a_grid_is_averaged_over_seeds(grid):
     )
     assert mean.value in data(text(grid))
     assert "means over 3 seeds" in text(grid)
+    assert "under way" not in text(grid)
     assert "95 % t intervals" in text(grid)
 
 
@@ -92,6 +97,7 @@ def test_ability_kept_is_the_mean_share_of_main_scores(tmp_path):
 
     rows = [
         row(0, 0, "a/paper", 0.1), row(0, 8, "a/paper", 0.1), row(0, 0, "a/exact", 0.5), row(0, 8, "a/exact", 0.4),
+        ("RECT", 0, 8, "after", "efficacy/exact", 1.0, "", "", "", ""),
         row(0, 0, "b/option", 0.0), row(0, 8, "b/option", 0.3), row(0, 0, "perplexity/x", 20), row(0, 8, "perplexity/x", 40),
     ]  # fmt: skip
     columns = ["regulariser", "seed", "edits", "source", "name", "value", "low", "high", "n", "unparseable"]
@@ -154,7 +160,10 @@ def test_a_comparison_of_editors_has_a_point_an_editor(tmp_path):
     html = text(tmp_path)
     assert "peak_memory/host, GB" in html
     assert {1.75, 15.7 / 3} <= data(html), "GB; seconds are the mean over all edits"
-    assert "0.210&thinsp;–&thinsp;0.300" in html, "what the cells began with"
+    summary = html[: html.index("</table>")]
+    assert summary.count('<tr class="before">') == 6, "one where the requests are others than those of the row above"
+    clean = re.findall(r'<tr class="before">.*?<data value="[^"]+">([^<]+)', summary)
+    assert clean == ["0.210", "0.300"] * 3
 
 
 def test_what_was_not_measured_is_left_out(run, tmp_path):
@@ -212,6 +221,174 @@ def test_colours_can_be_read():
                 assert (bright + 0.05) / (dark + 0.05) >= 4.5, (name, ground)
     assert LIGHT.keys() == DARK.keys()
     assert len(set(LIGHT.values())) == len(LIGHT), "each is replaced by its own variable"
+
+
+def rows_of(cell, values, *, edits=10, source="task", name="a/exact", low="", high=""):
+    """A line a seed."""
+    return [(*cell, seed, edits, source, name, value, low, high, 5, "") for seed, value in enumerate(values)]
+
+
+AXES = ["regulariser", "seed", *COLUMNS]
+
+
+def test_cells_under_way_are_left_out(tmp_path):
+    rows = [
+        *rows_of(("none",), (0.5, 0.9), edits=5),
+        *rows_of(("none",), (1.0,), source="after", name="efficacy/exact"),
+    ]
+    results = read(write_grid(tmp_path, rows, AXES))
+    [row] = results.of("task")
+    assert (row.value, results.left_out) == (0.5, 1)
+    reports.report(tmp_path)
+    assert "1 cell that is under way or failed is left out" in text(tmp_path)
+    with pytest.raises(ValueError, match=r"no cell in it is done, 2 are under way or have failed"):
+        read(write_grid(tmp_path, rows[:2], AXES))
+
+
+def test_a_mean_tells_of_how_many_seeds_it_is_and_of_one_has_no_interval(tmp_path):
+    rows = [
+        line
+        for cell, seeds in (("none", 3), ("RECT", 1))
+        for edits in (0, 10)
+        for line in [
+            *rows_of((cell,), (0.5, 0.6, 0.4)[:seeds], edits=edits, low=0.1, high=0.9),
+            *rows_of((cell,), (0.5, 0.6, 0.4)[:seeds], source="after", name="efficacy/exact"),
+        ]
+    ]
+    results = read(write_grid(tmp_path, rows, AXES))
+    none, rect = (next(row for row in results.of("task") if row.cell == (cell,)) for cell in ("none", "RECT"))
+    assert (none.seeds, rect.seeds) == (3, 1)
+    assert (rect.low, rect.high) == (None, None), "the interval was of the records"
+    assert none.low == pytest.approx(0.5 - 4.302653 * 0.1 / 3**0.5)
+    figure = next(figure for figure in figures(results) if figure.name == "main-scores")
+    assert [series.seeds for series in figure.panels[0].series] == [(3, 3), (1, 1)]
+    assert "means over 1 to 3 seeds" in figure.caption
+    one = read(write_grid(tmp_path, [row for row in rows if row[1] == 0], AXES))
+    assert {(row.low, row.high) for row in one.of("task")} == {(0.1, 0.9)}
+    assert any("speak of the choice of records" in figure.caption for figure in figures(one))
+
+
+def test_intervals_are_possible_values(tmp_path):
+    rows = [
+        *rows_of(("none",), (0.9, 1.0, 1.0), source="after", name="efficacy/exact"),
+        *rows_of(("none",), (0.3, 0.3, 0.1 + 0.2), source="after", name="locality/exact"),
+        *rows_of(("none",), (10.0, 100.0, 1000.0), name="perplexity/prose"),
+    ]
+    results = read(write_grid(tmp_path, rows, AXES))
+    [efficacy], [locality] = results.of("after", "efficacy/exact"), results.of("after", "locality/exact")
+    assert efficacy.high == 1
+    assert 0 < efficacy.low < efficacy.value
+    assert (locality.low, locality.high) == (None, None), "an interval without width"
+    [perplexity] = results.of("task")
+    assert perplexity.value == pytest.approx(100)
+    reach = 4.302653 / 3**0.5  # decades
+    assert (perplexity.low, perplexity.high) == pytest.approx((10 ** (2 - reach), 10 ** (2 + reach)))
+
+
+@pytest.mark.parametrize(
+    ("clean", "labels"), [(0.1, ["before", "none", "RECT"]), (0.5, ["before", "none", "before", "RECT"])]
+)
+def test_each_bar_stands_below_what_it_began_with(tmp_path, clean, labels):
+    rows = [
+        (cell, edits, source, "efficacy/exact", value, "", "", 5, "")
+        for cell, before in (("none", 0.1), ("RECT", clean))
+        for edits, source, value in ((0, "before", before), (9, "after", 0.9))
+    ]
+    made = {figure.name: figure for figure in figures(read(write_grid(tmp_path, rows, ["regulariser", *COLUMNS])))}
+    assert [series.label for series in made["editing-exact"].panels[0].series] == labels
+
+
+def test_single_mode_has_no_growth(tmp_path):
+    rows = [
+        (cell, edits, source, "6/above_0.077", value, "", "", "", "")
+        for cell, source in (("none", "alone"), ("RECT", "alone"))
+        for edits, value in ((1, 0.2), (2, 0.4))
+    ]
+    rows += [(cell, 2, "after", "efficacy/exact", 1.0, "", "", "", "") for cell in ("none", "RECT")]
+    made = {figure.name: figure for figure in figures(read(write_grid(tmp_path, rows, ["regulariser", *COLUMNS])))}
+    assert "growth" not in made
+    assert [series.y for series in made["layers"].panels[0].series] == [pytest.approx((0.3,))] * 2
+    assert "nothing piles up" in made["layers"].caption
+
+
+def test_nine_regularisers_are_told_apart(tmp_path):
+    names = ["none", *(f"RECT {i}" for i in range(9))]
+    rows = [(n, e, "task", "perplexity/prose", 3.0 * 10**e, 2.0, 9.0, 5, "") for n in names for e in (0, 2, 4)]
+    rows += [(n, 4, "after", "perplexity/prose", 3e4, "", "", "", "") for n in names]
+    results = read(write_grid(tmp_path, rows, ["regulariser", *COLUMNS]))
+    figure = next(figure for figure in figures(results) if figure.name == "main-scores")
+    [panel] = figure.panels
+    styles = [series.style for series in panel.series]
+    assert styles[0] == NONE
+    assert series_colour(NONE) == "reference"
+    assert len({(series_colour(style), draw._dash(style)) for style in styles}) == 10
+    assert len({(series_colour(style), draw._marker(style)) for style in styles}) == 10
+    assert panel.bare
+    svg = draw.inline_svg(panel, name="x", description="")
+    assert "PolyCollection" not in svg
+    assert "FillBetween" not in svg
+    assert "stand in the data" in figure.caption
+    assert "mathdefault" not in svg
+    assert ">10,000<" in svg
+    few = draw.inline_svg(replace(panel, series=panel.series[:4]), name="x", description="")
+    assert "PolyCollection" in few or "FillBetween" in few
+    reports.report(tmp_path)
+    headings = re.findall(r'<th scope="col"[^>]*>([^<]*)', text(tmp_path).split("</thead>")[0])
+    assert len(headings) == len(set(headings))
+    assert sum(heading.startswith("perplexity/prose") for heading in headings) == 2
+    assert "the mean loss a token" in text(tmp_path)
+
+
+def test_bars_keep_their_numbers_within_the_panel():
+    from matplotlib.figure import Figure
+
+    bar = Series(label="none", style=NONE, x=(0,), y=(0.93,), low=(0.5,), high=(1.4,))
+    panel = Panel(kind="bars", title="", x_label="", y_label="", series=(bar,), share=True)
+    height = draw._height(panel)
+    canvas = Figure(figsize=(draw.WIDTH / 72, height / 72))
+    draw._draw(canvas, panel, left=0, top=height, size=(draw.WIDTH, height))
+    [number] = [told for told in canvas.axes[0].texts if told.get_text() == "0.93"]
+    assert number.get_window_extent().x1 <= canvas.bbox.x1
+
+
+@pytest.mark.parametrize("columns", [4, 7, 13, 24])
+def test_a_heat_map_has_few_ticks(columns):
+    from matplotlib.figure import Figure
+
+    ticks = tuple(map(str, range(columns)))
+    row = Series(label="none", style=0, x=tuple(map(float, range(columns))), y=(0.1,) * columns)
+    panel = Panel(kind="heat", title="", x_label="", y_label="", series=(row,), ticks=ticks)
+    canvas = Figure()
+    draw._draw(canvas, panel, left=0, top=100, size=(draw.WIDTH, 100))
+    labels = [label.get_text() for label in canvas.axes[0].get_xticklabels()]
+    assert 3 <= len(labels) <= 6
+    assert set(labels) <= {*ticks}
+
+
+def test_a_resumed_run_has_the_operations_of_both_parts(tmp_path):
+    write_run(tmp_path)
+    header, first, second, after = (tmp_path / "metrics.csv").read_text().splitlines()
+    (tmp_path / "metrics.1.csv").write_text(f"{header}\n{first}\n")
+    (tmp_path / "metrics.csv").write_text(f"{header}\n{second}\n{after}\n")
+    assert [row.edits for row in read(tmp_path).of("change", "6/above_0.077")] == [4, 8]
+
+
+def test_a_page_without_metrics_has_no_summary(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "side_effects.csv").write_text(
+        "edits,task,score,value,low,high,n,unparseable\n0,a,a/exact,1,,,3,\n4,a,a/exact,0.5,,,3,\n"
+    )
+    reports.report(tmp_path)
+    assert re.findall(r"<h2[^>]*>([^<]+)", text(tmp_path)) == ["Abilities", "Origin"]
+    assert "#summary" not in text(tmp_path)
+    assert f"Made by rect_lightning {__version__}." in text(tmp_path)
+
+
+def test_a_grid_s_page_has_its_configuration(tmp_path):
+    (write_grid(tmp_path) / "grid.yaml").write_text("name: keep\n")
+    reports.report(tmp_path)
+    assert "<code>name: keep\n</code>" in text(tmp_path)
+    assert '<span class="unbroken">|ΔW/W|</span>' in text(tmp_path)
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
