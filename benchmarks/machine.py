@@ -35,15 +35,19 @@ def memory_speed(entries: int = 64_000_000) -> float:
     return 8 * entries / timed(lambda: target.copy_(source), 5)
 
 
-def peak_memory(function: Callable[[], object]) -> float:
-    """Bytes by which the process's memory peaked above where it stood; nan where the system does not tell (Linux does)."""
+def peak_memory(function: Callable[[], object]) -> tuple[float, float]:
+    """The most bytes that the process had during a call, and by how many that is above where it stood before.
+
+    Both are nan where the system does not tell (Linux does).
+    """
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = _resident("VmRSS")
         function()
-        return _resident("VmHWM") - before
+        peak = _resident("VmHWM")
     except OSError:
-        return float("nan")
+        peak = before = float("nan")
+    return peak, peak - before
 
 
 def _resident(field: str) -> float:

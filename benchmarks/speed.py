@@ -290,23 +290,26 @@ def growth(
     """Seconds and memory by the number of requests; each in a process of its own."""
     lines = [
         "",
-        f"| requests | search, 3 bf16 steps | a request | memory above the model's, MB | padding "
+        f"| requests | search, 3 bf16 steps | a request | peak memory, MB | above the model's | padding "
         f"| keys of a layer | solve | metrics of up to {MEASURED} |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---" * 9 + "|",
     ]
     for count in counts:
         many = (requests * (count // len(requests) + 1))[:count]
         with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as fresh:
             seconds, memory, padding, others = fresh.submit(_grown, folder, layer, many, machine).result()
-        shown = [f"{seconds:.2f}", f"{seconds / count:.3f}", f"{memory / 1e6:.0f}", f"{padding:.0%}"]
+        megabytes = [f"{x / 1e6:.0f}" for x in memory]
+        shown = [f"{seconds:.2f}", f"{seconds / count:.3f}", *megabytes, f"{padding:.0%}"]
         lines.append(f"| {count:,} | " + " | ".join([*shown, *(f"{phase.seconds:.3f}" for phase in others)]) + " |")
     return lines
 
 
 def _grown(
     folder: str | None, layer: int, requests: list[EditRequest], machine: Machine
-) -> tuple[float, float, float, list[Phase]]:
+) -> tuple[float, tuple[float, float], float, list[Phase]]:
     adapter = load(folder)
+    for weight in adapter.model.parameters():
+        weight.sum()  # so that what is mapped from the file counts as the model's
     tail, rows = Tail(adapter, layer, torch.bfloat16), search_rows(adapter, requests, TEMPLATES)
     seconds = 0.0
 
@@ -317,7 +320,7 @@ def _grown(
     memory = peak_memory(search)
     keys, _, solve = keys_and_solve(adapter, layer, requests, machine)
     others = [keys, solve, measuring(adapter, requests[:MEASURED], machine)]
-    return seconds, memory, padding_share(rows, ValueSearch().together), others
+    return seconds, memory, padding_share(rows, ValueSearch().together, tail), others
 
 
 def widths(adapter: Adapter, machine: Machine, chosen: list[int]) -> list[str]:

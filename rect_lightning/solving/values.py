@@ -95,16 +95,33 @@ class TargetValues:
 _FIELDS = ("value", "stream", "offset", "losses")
 _PREPARED = 8192
 """Padded tokens that are prepared in one pass; where prompts are short this is more than a search together has."""
-_ROWS = 96
-"""Rows in a batch at most: of more, which have few columns each, preparing would take more memory than a step."""
-_STEP = 8
-"""Batches have multiples of this many rows, and of columns before the subject's last token. For each new shape oneDNN
-generates code, half a megabyte a product in bf16, and keeps it: so that shapes recur in one chunk after the other."""
 _LOGITS = 64
 """States whose logits are computed at a time."""
-_CPU_BUDGET = 384
 _OVERHEAD = 40
 """What a batch costs besides its columns, in columns: measured in fp32 and in bf16 on a CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """What batches are like, for the sake of memory and of what the device does best.
+
+    Attributes:
+        budget: Padded columns after the subject in one batch at most.
+        rows: Rows in a batch at most: of more, which have few columns each, preparing would take more memory than a step.
+        multiple: Of this are the numbers of rows, and of columns before the subject's last token.
+    """
+
+    budget: int
+    rows: int
+    multiple: int
+
+    @staticmethod
+    def of(tail: Tail, budget: int | None) -> _Limits:
+        """Those for a tail, with a budget of the caller's or one of our own."""
+        if tail.adapter.device.type != "cpu":
+            return _Limits(budget or 1024, budget or 1024, 1)
+        # for each new shape of a product in bf16 oneDNN generates code, half a megabyte, and keeps it: let shapes recur
+        return _Limits(budget or 384, 96, 8 if tail.dtype == torch.bfloat16 else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +152,13 @@ class _Bucket:
     essence: Tensor
     reference: Tensor
 
-    def of(self, active: Tensor) -> _Bucket | None:
+    def of(self, active: Tensor, multiple: int) -> _Bucket | None:
         """The rows of the requests that are still active, and a few others for the shape; nothing if none is active."""
         keep = active[self.owner]
         if not keep.any():
             return None
         done = (~keep).nonzero()[:, 0]
-        keep[done[: -int(keep.sum()) % _STEP]] = True  # whose loss nobody reads any more
+        keep[done[: -int(keep.sum()) % multiple]] = True  # whose loss nobody reads any more
         if keep.all():
             return self
         rows = keep.nonzero()[:, 0]
@@ -188,12 +205,12 @@ def search_values(
     Raises:
         ValueError: A loss is not finite.
     """
-    budget = budget or (_CPU_BUDGET if adapter.device.type == "cpu" else 1024)
+    limits = _Limits.of(tail, budget)
     chunks = _chunks(requests, search.together)
     bar = track(range(len(chunks) * search.steps), "target values", show=show_progress, unit="step")
     with plain_attention(adapter), torch.autocast(adapter.device.type, enabled=False), bar:
         found = [
-            _search_chunk(adapter, tail, [requests[i] for i in chosen], search, relative_to, budget, bar.update)
+            _search_chunk(adapter, tail, [requests[i] for i in chosen], search, relative_to, limits, bar.update)
             for chosen in chunks
         ]
     return TargetValues.cat(found).take(torch.tensor([i for chosen in chunks for i in chosen]).argsort())
@@ -214,11 +231,11 @@ def _search_chunk(
     requests: Sequence[SearchRows],
     search: ValueSearch,
     relative_to: str,
-    budget: int,
+    limits: _Limits,
     advance: Callable[[int], object],
 ) -> TargetValues:
     buckets: list[_Bucket | None]
-    buckets, value, stream = _prepare(adapter, tail, requests, search, budget)
+    buckets, value, stream = _prepare(adapter, tail, requests, search, limits)
     origin = value if relative_to == "value" else stream
     scale = origin.norm(dim=-1)
     offset = torch.zeros_like(value)
@@ -241,7 +258,7 @@ def _search_chunk(
         if last or not active.any():
             break
         for i, bucket in enumerate(buckets):  # in place, so that a bucket's caches go as soon as it has shrunk
-            buckets[i] = bucket and bucket.of(active)
+            buckets[i] = bucket and bucket.of(active, limits.multiple)
         moved = _adam(offset, gradient, first_moment, second_moment, step + 1, search.lr)
         limit = search.clamp * scale
         moved = moved * (limit / moved.norm(dim=-1).clamp(min=limit))[:, None]
@@ -253,7 +270,7 @@ def _search_chunk(
 
 @torch.no_grad()
 def _prepare(
-    adapter: Adapter, tail: Tail, requests: Sequence[SearchRows], search: ValueSearch, budget: int
+    adapter: Adapter, tail: Tail, requests: Sequence[SearchRows], search: ValueSearch, limits: _Limits
 ) -> tuple[list[_Bucket | None], Tensor, Tensor]:
     """Run everything that the offset cannot change: the buckets, and value and stream of the bare prompts."""
     rows = [(i, row) for i, request in enumerate(requests) for row in request.targets]
@@ -261,10 +278,10 @@ def _prepare(
         rows += [(i, request.essence) for i, request in enumerate(requests)]
     value = stream = torch.empty(0)
     buckets: list[_Bucket | None] = []
-    for indices in _batches([row for _, row in rows], budget):
+    for indices in _batches([row for _, row in rows], limits):
         members = [rows[i] for i in indices]
         anchors = [row.subject for _, row in members]
-        column = -(-max(anchors) // _STEP) * _STEP
+        column = -(-max(anchors) // limits.multiple) * limits.multiple
         ids = [row.ids[: row.subject + _columns(row)] for _, row in members]
         trace = run_to(adapter, pad(ids, adapter.device, anchors=anchors, column=column), tail.layer)
         bucket = _bucket(tail, trace, column, members, requests, search)
@@ -278,20 +295,20 @@ def _prepare(
     return buckets, value, stream
 
 
-def _batches(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
+def _batches(rows: Sequence[Row], limits: _Limits) -> Iterator[list[int]]:
     """Rows that are run together: alike in the columns of every step, and not too long to be prepared at once."""
     for together in by_length([row.subject + _columns(row) for row in rows], _PREPARED):
         columns = [_columns(rows[i]) for i in together]
-        for indices in by_time(columns, budget, overhead=_OVERHEAD, step=_STEP, most=_ROWS):
+        for indices in by_time(columns, limits.budget, overhead=_OVERHEAD, step=limits.multiple, most=limits.rows):
             yield [together[i] for i in indices]
 
 
-def padding_share(requests: Sequence[SearchRows], together: int, budget: int = _CPU_BUDGET) -> float:
+def padding_share(requests: Sequence[SearchRows], together: int, tail: Tail) -> float:
     """The share of the columns computed in a step of a search that are padding."""
     real = padded = 0
     for chosen in _chunks(requests, together):
         rows = [row for i in chosen for row in (*requests[i].targets, requests[i].essence)]
-        for indices in _batches(rows, budget):
+        for indices in _batches(rows, _Limits.of(tail, None)):
             columns = [_columns(rows[i]) for i in indices]
             real += sum(columns)
             padded += len(columns) * max(columns)

@@ -256,7 +256,7 @@ def test_a_bf16_tail_finds_nearly_the_same(family):
 
 def test_what_a_search_takes_does_not_grow_with_the_requests(tiny, monkeypatch):
     """Of a chunk the bytes of its buckets, of a pass the logits, and how many rows each of the batches has."""
-    requests = rows_of(tiny) * 80
+    requests, tail = rows_of(tiny) * 80, Tail(tiny, LAYER, torch.bfloat16)
     weighed, rows, logits = [], set(), []
     prepare, step, head = values._prepare, values._loss_and_gradient, Tail.logits
 
@@ -277,12 +277,12 @@ def test_what_a_search_takes_does_not_grow_with_the_requests(tiny, monkeypatch):
     monkeypatch.setattr(values, "_loss_and_gradient", step_and_count)
     monkeypatch.setattr(Tail, "logits", head_and_count)
     search = replace(SEARCH, steps=3, together=16, weight_decay=0.0)
-    free = search_values(tiny, fp32_tail(tiny), requests[:5], search)
+    free = search_values(tiny, tail, requests[:5], search)
     search = replace(search, stop=stop_that_divides(free.losses))
     weighed.clear(), rows.clear()
-    search_values(tiny, fp32_tail(tiny), requests[:16], search)
+    search_values(tiny, tail, requests[:16], search)
     few = max(weighed)
-    search_values(tiny, fp32_tail(tiny), requests, search)
+    search_values(tiny, tail, requests, search)
     assert len(weighed) == 1 + 25
     assert max(weighed) < 1.5 * few, "the longest are in one chunk"
     assert weighed[1] == max(weighed[1:]), "the longest chunk comes first"
