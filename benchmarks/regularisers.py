@@ -72,7 +72,7 @@ def cost(function: Callable[[], object], device: str) -> tuple[float, float]:
             function()
             seconds[0] = process_time() - start
 
-        memory = peak_memory(timing)
+        _, memory = peak_memory(timing)
         return seconds[0], memory
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
