@@ -91,17 +91,20 @@ def test_every_family(family):
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
-def test_every_family_stops_each_request_at_its_own_step(family):
+@pytest.mark.parametrize("multiple", [1, 8], ids=["any shape", "shapes as in bf16"])
+def test_every_family_stops_each_request_at_its_own_step(monkeypatch, family, multiple):
+    monkeypatch.setattr(values._Limits, "of", lambda tail, budget: values._Limits(budget, 96, multiple))
     adapter = tiny_models.adapter(family)
     rows = rows_of(adapter, TEMPLATES[:2])
     search = replace(SEARCH, weight_decay=0.0, kl=0.0625)
     tail = fp32_tail(adapter)
-    free = search_values(adapter, tail, rows, search, relative_to="value").losses
+    free = search_values(adapter, tail, rows, search, relative_to="value", budget=400).losses
     search = replace(search, stop=stop_that_divides(free))
     expected = naive_search(doubled(adapter), LAYER, rows, search, "value")
     evaluations = (~expected.losses.isnan()).sum(1)
     assert len(evaluations.unique()) >= 3
-    assert_same(search_values(adapter, tail, rows, search, relative_to="value", budget=40), expected)
+    budget = 40 if multiple == 1 else 160
+    assert_same(search_values(adapter, tail, rows, search, relative_to="value", budget=budget), expected)
 
 
 def stop_that_divides(losses):
