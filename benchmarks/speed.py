@@ -366,6 +366,8 @@ def widths(adapter: Adapter, machine: Machine, chosen: list[int]) -> list[str]:
 
 def with_tables(page: str, tables: str) -> str:
     """A page with its tables replaced, or these at its end: what is written around them stays."""
+    if (BEGIN in page) != (END in page):
+        raise ValueError(f"The page has only one of {BEGIN} and {END}, so what is around its tables cannot be told.")
     before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{tables}\n{END}{rest.partition(END)[2] or chr(10)}"
 

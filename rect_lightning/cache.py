@@ -55,7 +55,7 @@ def cached_folder(path: Path, build: Callable[[Path], None]) -> Path:
             _write_manifest(partial)
             _remove(path)
             partial.rename(path)
-        except Exception as error:
+        except OSError as error:
             error.add_note(f"This was while writing {path}. Set RECT_LIGHTNING_CACHE to keep the cache elsewhere.")
             raise
         finally:

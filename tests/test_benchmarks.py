@@ -51,6 +51,8 @@ def test_the_naive_search_is_compared_on_the_same_requests(folder, monkeypatch, 
 def test_what_is_written_around_the_tables_stays():
     page = f"# Speed\n\n{speed.with_tables('', 'old')}\n- A note.\n"
     renewed = speed.with_tables(page, "new")
+    with pytest.raises(ValueError, match="only one of"):
+        speed.with_tables(page.replace(speed.END, ""), "new")
     assert renewed == page.replace("old", "new")
     assert renewed.startswith("# Speed\n")
     assert renewed.endswith("\n- A note.\n")

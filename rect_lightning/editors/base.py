@@ -162,6 +162,11 @@ class Editor(BaseModelModule):
         return all(torch.equal(self.model.weight(n).cpu(), clean.cpu()) for n, clean in self.clean.items())
 
     @property
+    def timed(self) -> bool:
+        """Whether an operation's seconds are those of its work, and are logged."""
+        return True
+
+    @property
     def show_progress(self) -> bool:
         """Whether bars inside a step are shown: as the Trainer's own, on the first process."""
         return (
@@ -235,7 +240,8 @@ class Editor(BaseModelModule):
         self.operations += 1
         self.done += [request.id for request in batch]
         self.results = {"before": {}, "after": {}}  # what was measured is of the model before this operation
-        self.log("edit/seconds", time.perf_counter() - start, batch_size=len(batch))
+        if self.timed:
+            self.log("edit/seconds", time.perf_counter() - start, batch_size=len(batch))
         self.log("edit/requests", float(len(self.done)), batch_size=len(batch), prog_bar=True)
         for layer in self.layers:
             clean = self.clean[layer].to(self.device)

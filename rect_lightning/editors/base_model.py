@@ -12,7 +12,7 @@ from rect_lightning.models import Adapter, Source
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Those that keep weights in fp32, in which updates are exact."""
 
 
@@ -38,10 +38,10 @@ class BaseModelModule(LightningModule, ABC):
         Raises:
             ValueError: The Trainer's precision would.
         """
-        if str(self.trainer.precision) not in PRECISIONS:
+        if str(self.trainer.precision) not in _PRECISIONS:
             raise ValueError(
-                f"trainer.precision={self.trainer.precision} would take the edited weights out of fp32, in which updates are "
-                f"exact; use one of {', '.join(PRECISIONS)}."
+                f"trainer.precision={self.trainer.precision} would take the model's weights out of fp32, in which updates are "
+                f"exact; use one of {', '.join(_PRECISIONS)}."
             )
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's stays
             self.trainer.strategy.checkpoint_io = EditCheckpointIO()

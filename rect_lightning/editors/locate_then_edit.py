@@ -32,7 +32,7 @@ class LocateThenEdit(Prefixed):
         moments: Where the second moments C of the keys come from; null to leave C out.
         reuse_values: Keep target values that start from the clean weights in the cache folder, and take them from there when
             the same requests are searched for again with the same options, as where runs differ in their regulariser
-            alone. What such an edit is said to take, in seconds, is then without the search.
+            alone. How long edits take is not logged then.
         **kwargs: The prefixes, over which keys and the search are averaged, and what every editor takes; see `Prefixed` and
             `Editor`.
     """
@@ -99,6 +99,11 @@ class LocateThenEdit(Prefixed):
     def take_moments(self, moments: dict[int, Tensor]) -> None:
         """Make of C, ``[in, in]`` by layer, what the method solves with."""
         self.factors = {layer: Factored(c, f"The second moment of layer {layer}") for layer, c in moments.items()}
+
+    @property
+    def timed(self) -> bool:
+        """Not where a search may have been made by another run."""
+        return not self.reuse_values
 
     def on_fit_end(self) -> None:
         """Let go of the search's copy of the model."""

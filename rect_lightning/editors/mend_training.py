@@ -115,12 +115,11 @@ class MENDTraining(BaseModelModule):
             return
         if getattr(self.data_module, "held_out", None) == 0:
             raise ValueError("A hypernetwork is validated on requests that it is not trained on: set data.held_out.")
-        for name in ("batch_size", "eval_batch_size"):
-            size = getattr(self.data_module, name, self.edits)
-            if size % self.edits:
-                raise ValueError(
-                    f"data.{name}={size} must be a multiple of model.edits={self.edits}: a batch is cut into edits."
-                )
+        size = getattr(self.data_module, "batch_size", self.edits)
+        if size % self.edits:
+            raise ValueError(
+                f"data.batch_size={size} must be a multiple of model.edits={self.edits}: a batch is cut into edits."
+            )
 
     def configure_callbacks(self) -> list[Callback]:
         """Keep the hypernetwork with the lowest validation loss, and the last one."""

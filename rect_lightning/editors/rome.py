@@ -41,8 +41,7 @@ class ROME(LocateThenEdit):
         """Refuse batches of several requests, before anything is loaded."""
         super().setup(stage)
         if stage == "fit":
-            data = getattr(self.trainer, "datamodule", None)
-            _check_one(getattr(data, "batch_size", 1))
+            _check_one(getattr(self.data_module, "batch_size", 1))
 
     def begin(self, requests: Sequence[EditRequest]) -> TargetValues:
         """Search for the request's target value.

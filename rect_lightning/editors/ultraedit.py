@@ -51,17 +51,16 @@ class UltraEdit(Editor):
             ValueError: In single mode, a batch is one request.
         """
         super().setup(stage)
-        if stage == "fit" and self.mode == "single" and getattr(self.data_module, "batch_size", None) == 1:
-            raise ValueError(
-                "UltraEdit normalises by what it has seen, which in single mode is one operation: set data.batch_size above 1."
-            )
+        if stage == "fit":
+            self._check_company(getattr(self.data_module, "batch_size", None))
 
     def begin(self, requests: Sequence[EditRequest]) -> dict[int, tuple[Tensor, Tensor]]:
         """H and V of each layer.
 
         Raises:
-            ValueError: There is only one token to tell from what entries are like.
+            ValueError: There is only one request, or one token, to tell from what entries are like.
         """
+        self._check_company(len(requests))
 
         def read(mine: Sequence[EditRequest]) -> list[TokenGradients]:
             rows = answer_rows(self.model, mine)
@@ -88,6 +87,13 @@ class UltraEdit(Editor):
         """The ridge regression of the values on the keys, ``[out, in]``."""
         keys, values = (x.to(self.model.weight(layer).device) for x in state[layer])
         return least_squares(values, keys, None, 1.0)
+
+    def _check_company(self, requests: int | None) -> None:
+        if self.mode == "single" and requests == 1:
+            raise ValueError(
+                "UltraEdit normalises by what it has seen, which in single mode is one operation, here of a single request: "
+                "set data.batch_size above 1, and data.limit so that no request is left over."
+            )
 
     def _values(self, layer: int, keys: Tensor, gradients: Tensor) -> Tensor:
         pairs = torch.cat([keys, gradients], dim=1).double()

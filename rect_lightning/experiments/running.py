@@ -65,7 +65,7 @@ def run_grid(
                 cell, ended = running.pop(process), ended + 1
                 if process.returncode:
                     failed.append(cell)
-                    cell.failure.write_text(_reason(cell, process.returncode) + "\n", encoding="utf-8")
+                    _tell_failure(cell, process.returncode)
                 seconds = (time.monotonic() - start) / ended * (len(cells) - ended)
                 _log.info(
                     "%d of %d: %s %s; about %s to go", ended, len(cells), cell.name,
@@ -101,11 +101,13 @@ def _prepared(cell: Cell) -> bool:
     return True
 
 
-def _reason(cell: Cell, status: int) -> str:
-    """The last line that a cell printed, which of an error says what it was."""
-    lines = cell.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return f"killed by signal {-status}" if status < 0 else last or f"exit status {status}"
+def _tell_failure(cell: Cell, status: int) -> None:
+    """Leave the last line that the cell printed, which of an error says what it was; unless another command has it now."""
+    with suppress(Timeout, FileNotFoundError), cell.lock().acquire(timeout=0):
+        lines = cell.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        reason = f"killed by signal {-status}" if status < 0 else last or f"exit status {status}"
+        cell.failure.write_text(f"{reason}\n", encoding="utf-8")
 
 
 def _command(cell: Cell) -> list[str]:

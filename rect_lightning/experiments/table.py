@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from rect_lightning.durable import whole_file
 from rect_lightning.experiments.cell import lock_of
 from rect_lightning.experiments.grid import COLUMNS, Grid
+
+_log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -34,8 +37,14 @@ def collect(grid: Grid) -> Path:
             writer = csv.DictWriter(file, (*grid.axes, *COLUMNS))
             writer.writeheader()
             for cell in grid.cells():
-                if cell.state() in ("begun", "failed", "done"):
-                    writer.writerows({**cell.levels, **row} for row in measurements(cell.folder))
+                if cell.state() not in ("begun", "failed", "done"):
+                    continue
+                try:
+                    rows = list(measurements(cell.folder))
+                except ValueError as error:  # of one cell, which takes no other's rows away
+                    _log.warning("%s is not in the table: %s", cell.name, error)
+                else:
+                    writer.writerows({**cell.levels, **row} for row in rows)
     return table
 
 

@@ -19,13 +19,13 @@ def mean_and_interval(
         high: The most.
     """
     if ratio and min(values) > 0 and max(values) < inf:
-        mean, *ends = mean_and_interval([log(value) for value in values])
-        return exp(mean), *(None if end is None else exp(end) for end in ends)  # type: ignore[return-value]
+        mean, first, last = mean_and_interval([log(value) for value in values])
+        return exp(mean), None if first is None else exp(first), None if last is None else exp(last)
     mean = fmean(values)
     if not all(map(isfinite, values)) or isclose(min(values), max(values), abs_tol=1e-9):
         return mean, None, None
-    first, last = t_interval(values)
-    return mean, max(first, low), min(last, high)
+    lower, upper = t_interval(values)
+    return mean, max(lower, low), min(upper, high)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:

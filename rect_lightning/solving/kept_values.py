@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import torch
+
 from rect_lightning.cache import cached_folder
 from rect_lightning.provenance import versions
 from rect_lightning.solving.blocks import Tail
-from rect_lightning.solving.values import SearchRows, TargetValues, ValueSearch
+from rect_lightning.solving.values import SEARCH_VERSION, SearchRows, TargetValues, ValueSearch
 
 
 def kept_values(
@@ -39,7 +41,11 @@ def kept_values(
     from safetensors.torch import load_file, save_file
 
     device = tail.adapter.device
+    config = tail.adapter.model.config.to_dict()
     told = {
+        "search": SEARCH_VERSION,
+        "config": {name: value for name, value in config.items() if name != "_name_or_path"},
+        "precision": torch.get_float32_matmul_precision(),
         "layer": tail.layer,
         "dtype": str(tail.dtype),
         "device": device.type,
@@ -48,7 +54,7 @@ def kept_values(
         "rows": [asdict(row) for row in rows],
         "versions": versions(),
     }
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
     name = "values.safetensors"
 
     def build(new: Path) -> None:

@@ -92,6 +92,8 @@ class TargetValues:
         return TargetValues(**{name: torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS})
 
 
+SEARCH_VERSION = 1
+"""Goes up whenever the search finds other values than before, so that those kept in a cache are not taken for its own."""
 _FIELDS = ("value", "stream", "offset", "losses")
 _PREPARED = 8192
 """Padded tokens that are prepared in one pass; where prompts are short this is more than a search together has."""
@@ -119,9 +121,10 @@ class _Limits:
     def of(tail: Tail, budget: int | None) -> _Limits:
         """Those for a tail, with a budget of the caller's or one of our own."""
         if tail.adapter.device.type != "cpu":
-            return _Limits(budget or 1024, budget or 1024, 1)
+            budget = 1024 if budget is None else budget
+            return _Limits(budget, budget, 1)
         # for each new shape of a product in bf16 oneDNN generates code, half a megabyte, and keeps it: let shapes recur
-        return _Limits(budget or 384, 96, 8 if tail.dtype == torch.bfloat16 else 1)
+        return _Limits(384 if budget is None else budget, 96, 8 if tail.dtype == torch.bfloat16 else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +202,7 @@ def search_values(
         relative_to: Whether ``h₀``, which clamp and weight decay are relative to, is the block's output (``"stream"``, as
             MEMIT has it) or the down projection's (``"value"``, as ROME has it).
         budget: Padded tokens after the subject in one batch; bounds the memory of the backward pass. None for 384 on a CPU,
-            where more is not faster, else 1,024.
+            where more is not faster and a batch has 96 rows at most, else 1,024.
         show_progress: Whether to show a bar.
 
     Raises:

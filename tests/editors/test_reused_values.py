@@ -50,6 +50,20 @@ def test_what_starts_from_edited_weights_is_searched_for_again(tmp_path, searche
         assert searched == seen, "the first operation alone is shared"
 
 
+def test_times_that_may_lack_a_search_are_not_logged(tmp_path):
+    for reuse in (False, True):
+        run = fit(memit(tmp_path, reuse_values=reuse), facts(tmp_path, batch_size=4), limit_val_batches=0)
+        assert ("edit/seconds" in run.logged_metrics) == (not reuse)
+
+
+def test_models_that_differ_in_their_configuration_alone_are_told_apart(tmp_path, searched):
+    for rope in (10_000.0, 20_000.0):
+        model = opinionated("llama")
+        model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": rope}
+        edit(memit(tmp_path, reuse_values=True, model=model), tmp_path)
+    assert len(searched) == 2
+
+
 @pytest.mark.parametrize(
     "changed",
     [

@@ -122,8 +122,11 @@ def test_a_single_token_is_refused(tmp_path):
 
 
 def test_operations_of_one_request_are_refused_in_single_mode(tmp_path):
-    with pytest.raises(ValueError, match=r"in single mode is one operation: set data\.batch_size above 1"):
-        fit(ultraedit(mode="single"), facts(tmp_path, batch_size=1))
+    for size in (1, 3):  # and one of the four is left over
+        editor = ultraedit(mode="single")
+        with pytest.raises(ValueError, match=r"here of a single request: set data\.batch_size above 1"):
+            fit(editor, facts(tmp_path, batch_size=size))
+        assert editor.is_clean()
 
 
 @pytest.mark.parametrize("layer", [0, 1])

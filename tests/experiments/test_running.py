@@ -252,6 +252,27 @@ def test_why_a_cell_failed_is_told_until_it_is_started_again(grid, monkeypatch, 
     assert (first.state(), second.state()) == ("failed", "done")
 
 
+def test_a_cell_that_another_command_has_by_now_is_not_called_failed(grid):
+    cell = grid.cells()[0]
+    cell.prepare()
+    cell.log.write_text("OSError: full\n")
+    with cell.lock().acquire(timeout=0):
+        running._tell_failure(cell, 1)
+    assert not cell.failure.exists()
+    running._tell_failure(cell, 1)
+    assert cell.failure.read_text() == "OSError: full\n"
+    cell.log.unlink()
+    running._tell_failure(cell, 1)
+
+
+def test_a_broken_file_of_one_cell_takes_no_other_s_rows_away(grid, monkeypatch, caplog):
+    scripted(monkeypatch, f"{DONE}; [ $NAME = x_b-2 ] && echo '{{' > $CELL/metrics.json || true")
+    run_grid(grid)
+    assert "x_b-2 is not in the table: " in caplog.text
+    with (grid.output / "table.csv").open() as file:
+        assert file.readline()
+
+
 def test_the_table_is_collected_once_in_the_end(grid, monkeypatch):
     tables = []
     monkeypatch.setattr(running, "collect", tables.append)

@@ -190,6 +190,15 @@ def test_a_failed_build_leaves_nothing(tmp_path, error):
     assert (tmp_path / "entry" / "a").exists()
 
 
+def test_errors_of_what_is_kept_say_nothing_of_the_cache(tmp_path):
+    def fail(folder):
+        raise ValueError("The search's loss is not finite.")
+
+    with pytest.raises(ValueError, match="not finite") as caught:
+        cached_folder(tmp_path / "entry", fail)
+    assert not hasattr(caught.value, "__notes__")
+
+
 BUILDER = """
 import sys, time, pathlib
 from rect_lightning.cache import cached_folder
