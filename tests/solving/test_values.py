@@ -198,6 +198,14 @@ def test_chunks_and_buckets_change_nothing_but_the_speed(tiny, chunk, budget):
     assert_same(search_values(tiny, tail, rows, replace(SEARCH, together=chunk), budget=budget), whole)
 
 
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_logits_part_by_part(monkeypatch, tiny, size):
+    rows = rows_of(tiny, TEMPLATES[:2])
+    whole = search_values(tiny, fp32_tail(tiny), rows, SEARCH)
+    monkeypatch.setattr(values, "_LOGITS", size)
+    assert_same(search_values(tiny, fp32_tail(tiny), rows, SEARCH), whole)
+
+
 def test_results_come_in_the_order_of_the_requests(tiny):
     rows = rows_of(tiny, ["{}"])
     tail = fp32_tail(tiny)
