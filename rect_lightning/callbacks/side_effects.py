@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from rect_lightning.data.request import EditRequest
 from rect_lightning.durable import whole_file
-from rect_lightning.metrics import EditMetrics, RequestScores, evaluate
+from rect_lightning.metrics import EditMetrics, evaluate
 from rect_lightning.tasks import Task, TaskResult, measure, named
 
 COLUMNS = ("edits", "task", "score", "value", "low", "high", "n", "unparseable")
@@ -71,7 +71,6 @@ class SideEffects(Callback):
         self.abilities: dict[str, float] = {}
         self.measured = -1  # at how many edits
         self._requests: dict[str, EditRequest] = {}
-        self._clean: dict[str, RequestScores] = {}  # of the clean model, which stay the same
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and read the tasks' data, before the model is loaded.
@@ -88,7 +87,6 @@ class SideEffects(Callback):
             raise ValueError(
                 "SideEffects measures how edits pile up, but in single mode each is taken back: set model.mode to sequential."
             )
-        self._clean = {}
         for task in self.tasks:
             task.prepare(self.limit)
 
@@ -142,11 +140,7 @@ class SideEffects(Callback):
         requests = [self._requests[i] for i in editor.done if i in self._requests]
 
         def scores(mine: Sequence[EditRequest]) -> list[Any]:
-            new = [request for request in mine if request.id not in self._clean]
-            if new:
-                with editor.clean_weights():
-                    self._clean |= zip((request.id for request in new), evaluate(editor.model, new), strict=True)
-            return list(zip(evaluate(editor.model, mine), (self._clean[request.id] for request in mine), strict=True))
+            return list(zip(evaluate(editor.model, mine), editor.clean_scores(mine), strict=True))
 
         pairs = editor.processes.collect(requests, scores)
         metrics = EditMetrics(sync_on_compute=False)  # each process has all of them

@@ -18,7 +18,7 @@ from rect_lightning.editors import checkpoints
 from rect_lightning.editors.base_model import BaseModelModule
 from rect_lightning.editors.measure import Measurement, relative_changes, with_perplexity
 from rect_lightning.editors.undoing import Beginning
-from rect_lightning.metrics import Wild, check_requests
+from rect_lightning.metrics import RequestScores, Wild, check_requests, evaluate
 from rect_lightning.models import Source, adapter_for
 from rect_lightning.models.fingerprint import weights_fingerprint
 from rect_lightning.processes import Processes
@@ -86,6 +86,7 @@ class Editor(BaseModelModule):
         self.prose = prose
         self.wild = (Wild() if wild else None) if isinstance(wild, bool) else wild
         self.measurement = Measurement()
+        self._clean_scores: dict[EditRequest, RequestScores] = {}
         self.results: dict[str, dict[str, float]] = {"before": {}, "after": {}}
 
     def setup(self, stage: str) -> None:
@@ -134,6 +135,7 @@ class Editor(BaseModelModule):
         self.operations, self.done, self.memory, self.unfinished = 0, [], {}, None
         self.fingerprint = weights_fingerprint(network)
         self.clean = {layer: adapter.weight(layer).detach().clone() for layer in self.layers}
+        self._clean_scores = {}
 
     @contextmanager
     def clean_weights(self) -> Iterator[None]:
@@ -149,6 +151,15 @@ class Editor(BaseModelModule):
             for layer in self.layers:
                 self.model.weight(layer).data = edited[layer]
             self.swapped_out = outer
+
+    def clean_scores(self, requests: Sequence[EditRequest]) -> list[RequestScores]:
+        """What the clean model makes of requests, as `rect_lightning.metrics.evaluate`; each is scored only once."""
+        new = [request for request in requests if request not in self._clean_scores]
+        if new:
+            with self.clean_weights():
+                scores = evaluate(self.model, new, wild=self.wild, show_progress=self.show_progress)
+            self._clean_scores |= zip(new, scores, strict=True)
+        return [self._clean_scores[request] for request in requests]
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -38,8 +38,7 @@ class Measurement:
         mine = editor.processes.mine(requests)
         shown = requests[: self._wanted - len(self.samples)] if editor.processes.is_first else []
         with editor.processes.together():
-            with editor.clean_weights():
-                clean = evaluate(editor.model, mine, wild=editor.wild, show_progress=editor.show_progress)
+            clean = editor.clean_scores(mine)
             after = evaluate(editor.model, mine, wild=editor.wild, show_progress=editor.show_progress)
             self.before.to(editor.device).update(clean, clean)
             self.after.to(editor.device).update(after, clean)

@@ -82,27 +82,29 @@ def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def by_time(
-    lengths: Sequence[int], budget: int, *, overhead: int, step: int = 1, most: int | None = None
+    lengths: Sequence[int], budget: int, *, overhead: int, sizes: Sequence[int] | None = None
 ) -> list[list[int]]:
     """Indices grouped into the batches that take the least time together, longest first, each within the budget.
 
     A batch's time is that of its padded tokens and of ``overhead`` more, which stand for reading the weights. So many
     rows fall into batches of like length with little padding, and a few rows into one. The number of rows in each but
-    the last is a multiple of ``step``, unless the budget is less than that, and ``most`` at most.
+    the last is one of ``sizes``, ascending, unless the budget is less than the first, and none has more than the last of
+    them; any number without ``sizes``.
 
     Raises:
         ValueError: The budget is not positive.
     """
     _check(budget)
     order = _longest_first(lengths)
+    allowed = sizes or range(1, len(order) + 1)
     time = [0.0] + [float("inf")] * len(order)  # of the first rows, cut in the best way
     cut = [0] * (len(order) + 1)  # where the last batch of that way begins
     for start, index in enumerate(order):
         longest = max(1, lengths[index])
         left = len(order) - start
-        fit = max(1, min(budget // longest, most or left))
-        sizes = [*(range(step, fit + 1, step) or [fit]), left]
-        for end in (start + size for size in sizes if size <= min(fit, left)):
+        fit = max(1, min(budget // longest, allowed[-1]))
+        here = [size for size in allowed if size <= fit] or [fit]
+        for end in (start + size for size in (*here, left) if size <= min(fit, left)):
             candidate = time[start] + overhead + (end - start) * longest
             if candidate < time[end]:
                 time[end], cut[end] = candidate, start

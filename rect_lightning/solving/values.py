@@ -109,12 +109,13 @@ class _Limits:
 
     Attributes:
         budget: Padded columns after the subject in one batch at most.
-        rows: Rows in a batch at most: of more, which have few columns each, preparing would take more memory than a step.
-        multiple: Of this are the numbers of rows, and of columns before the subject's last token.
+        rows: How many rows a batch may have, ascending. Of more, which have few columns each, preparing would take more
+            memory than a step.
+        multiple: Of this are the number of columns before the subject's last token, and that of logits taken together.
     """
 
     budget: int
-    rows: int
+    rows: Sequence[int]
     multiple: int
 
     @staticmethod
@@ -122,9 +123,16 @@ class _Limits:
         """Those for a tail, with a budget of the caller's or one of our own."""
         if tail.adapter.device.type != "cpu":
             budget = 1024 if budget is None else budget
-            return _Limits(budget, budget, 1)
+            return _Limits(budget, range(1, budget + 1), 1)
+        budget = 384 if budget is None else budget
+        if tail.dtype != torch.bfloat16:
+            return _Limits(budget, range(1, 97), 1)
         # for each new shape of a product in bf16 oneDNN generates code, half a megabyte, and keeps it: let shapes recur
-        return _Limits(384 if budget is None else budget, 96, 8 if tail.dtype == torch.bfloat16 else 1)
+        return _Limits(budget, (8, 16, 24, 32, 48, 64, 96), 8)
+
+    def rounded(self, rows: int) -> int:
+        """The least number of rows that a batch may have, and that is not less than these."""
+        return min((allowed for allowed in self.rows if allowed >= rows), default=rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +163,13 @@ class _Bucket:
     essence: Tensor
     reference: Tensor
 
-    def of(self, active: Tensor, multiple: int) -> _Bucket | None:
+    def of(self, active: Tensor, limits: _Limits) -> _Bucket | None:
         """The rows of the requests that are still active, and a few others for the shape; nothing if none is active."""
         keep = active[self.owner]
         if not keep.any():
             return None
-        done = (~keep).nonzero()[:, 0]
-        keep[done[: -int(keep.sum()) % multiple]] = True  # whose loss nobody reads any more
+        done, count = (~keep).nonzero()[:, 0], int(keep.sum())
+        keep[done[: limits.rounded(count) - count]] = True  # whose loss nobody reads any more
         if keep.all():
             return self
         rows = keep.nonzero()[:, 0]
@@ -247,7 +255,7 @@ def _search_chunk(
     active = torch.ones(len(requests), dtype=torch.bool, device=offset.device)
     for step in range(search.steps):
         last = step == search.steps - 1
-        loss, gradient = _loss_and_gradient(adapter, tail, buckets, offset, differentiate=not last)
+        loss, gradient = _loss_and_gradient(adapter, tail, buckets, offset, limits, differentiate=not last)
         norm = offset.norm(dim=-1)
         decay = search.weight_decay / scale**2
         loss = loss + decay * norm
@@ -261,7 +269,7 @@ def _search_chunk(
         if last or not active.any():
             break
         for i, bucket in enumerate(buckets):  # in place, so that a bucket's caches go as soon as it has shrunk
-            buckets[i] = bucket and bucket.of(active, limits.multiple)
+            buckets[i] = bucket and bucket.of(active, limits)
         moved = _adam(offset, gradient, first_moment, second_moment, step + 1, search.lr)
         limit = search.clamp * scale
         moved = moved * (limit / moved.norm(dim=-1).clamp(min=limit))[:, None]
@@ -287,7 +295,7 @@ def _prepare(
         column = -(-max(anchors) // limits.multiple) * limits.multiple
         ids = [row.ids[: row.subject + _columns(row)] for _, row in members]
         trace = run_to(adapter, pad(ids, adapter.device, anchors=anchors, column=column), tail.layer)
-        bucket = _bucket(tail, trace, column, members, requests, search)
+        bucket = _bucket(tail, trace, column, members, requests, search, limits.multiple)
         buckets.append(bucket)
         if not value.numel():
             value = bucket.value.new_zeros(len(requests), bucket.value.shape[-1])
@@ -302,7 +310,7 @@ def _batches(rows: Sequence[Row], limits: _Limits) -> Iterator[list[int]]:
     """Rows that are run together: alike in the columns of every step, and not too long to be prepared at once."""
     for together in by_length([row.subject + _columns(row) for row in rows], _PREPARED):
         columns = [_columns(rows[i]) for i in together]
-        for indices in by_time(columns, limits.budget, overhead=_OVERHEAD, step=limits.multiple, most=limits.rows):
+        for indices in by_time(columns, limits.budget, overhead=_OVERHEAD, sizes=limits.rows):
             yield [together[i] for i in indices]
 
 
@@ -325,6 +333,7 @@ def _bucket(
     members: Sequence[tuple[int, Row]],
     requests: Sequence[SearchRows],
     search: ValueSearch,
+    multiple: int,
 ) -> _Bucket:
     device = trace.hidden.device
     calls, states = tail.suffix_calls(trace, column)
@@ -345,7 +354,7 @@ def _bucket(
         token += row.target_ids
         share += [1 / len(places)] * len(places)
     held = torch.tensor(essence, device=device, dtype=torch.long)
-    reference = tail.logits(states[held, column]).log_softmax(-1) if essence else hidden.new_empty(0, 1)
+    reference = _logits(tail, states[held, column], multiple).log_softmax(-1) if essence else hidden.new_empty(0, 1)
     return _Bucket(
         owner=torch.tensor([i for i, _ in members], device=device),
         weight=torch.tensor(weight, device=device),
@@ -361,7 +370,13 @@ def _bucket(
 
 
 def _loss_and_gradient(
-    adapter: Adapter, tail: Tail, buckets: Sequence[_Bucket | None], offset: Tensor, *, differentiate: bool
+    adapter: Adapter,
+    tail: Tail,
+    buckets: Sequence[_Bucket | None],
+    offset: Tensor,
+    limits: _Limits,
+    *,
+    differentiate: bool,
 ) -> tuple[Tensor, Tensor]:
     """NLL and KL of each request, ``[requests]``, and their gradient, ``[requests, width]``, zero if not asked for."""
     leaf = offset.detach().requires_grad_()
@@ -375,7 +390,7 @@ def _loss_and_gradient(
             states = tail.run(hidden, bucket.calls)
             read = torch.cat([states[bucket.where[:, 0], bucket.where[:, 1]], states[bucket.essence, 0]])
         row = torch.cat([bucket.where[:, 0], bucket.essence])
-        terms, slopes = _read_out(tail, read, bucket, bucket.weight[row], differentiate=differentiate)
+        terms, slopes = _read_out(tail, read, bucket, bucket.weight[row], limits.multiple, differentiate=differentiate)
         if differentiate:  # not backward(), which would leave gradients on weights that are trained elsewhere
             gradient += torch.autograd.grad(read, leaf, slopes)[0]
         loss.index_add_(0, bucket.owner[row], terms)
@@ -383,7 +398,7 @@ def _loss_and_gradient(
 
 
 def _read_out(
-    tail: Tail, states: Tensor, bucket: _Bucket, weight: Tensor, *, differentiate: bool
+    tail: Tail, states: Tensor, bucket: _Bucket, weight: Tensor, multiple: int, *, differentiate: bool
 ) -> tuple[Tensor, Tensor]:
     """The term in the loss of each state that a bucket reads, ``[states]``, and its gradient, ``[states, width]``.
 
@@ -395,7 +410,7 @@ def _read_out(
         part = states[start : start + _LOGITS].detach().requires_grad_(differentiate)
         of_targets, of_essences = slice(start, start + _LOGITS), slice(max(0, start - targets), None)
         with torch.set_grad_enabled(differentiate):
-            logits = tail.logits(part)
+            logits = _logits(tail, part, multiple)
             wanted = bucket.token[of_targets]
             nll = F.cross_entropy(logits[: len(wanted)], wanted, reduction="none") * bucket.share[of_targets]
             now = logits[len(wanted) :].log_softmax(-1)
@@ -405,6 +420,11 @@ def _read_out(
             slopes.append(torch.autograd.grad(term.sum(), part)[0])
         terms.append(term.detach())
     return torch.cat(terms), torch.cat(slopes) if differentiate else torch.zeros_like(states)
+
+
+def _logits(tail: Tail, states: Tensor, multiple: int) -> Tensor:
+    """The logits of states, ``[states, vocabulary]``, taken with a few of zeros if their number is no multiple."""
+    return tail.logits(F.pad(states, (0, 0, 0, -len(states) % multiple)))[: len(states)]
 
 
 def _adam(offset: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: int, lr: float) -> Tensor:

@@ -134,7 +134,8 @@ def test_edits_are_the_same_with_and_without(tmp_path, tasks):
     fit(plain, facts(tmp_path, batch_size=2))
     fit(measured, facts(tmp_path, batch_size=2), SideEffects(tasks, every_n_edits=1, precision="bf16"))
     assert identical(state(plain), state(measured))
-    assert plain.results == measured.results
+    for when, values in plain.results.items():  # to rounding: the clean model was asked about fewer requests at a time
+        assert measured.results[when] == pytest.approx(values, rel=1e-5)
 
 
 def test_stops_early_when_an_ability_has_fallen(tmp_path, caplog):

@@ -1,14 +1,18 @@
 """Metrics before and after: each of the model that it says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from rect_lightning.callbacks import SideEffects
 from rect_lightning.data.prose import prose_path
 from rect_lightning.editors.measure import Measurement
 from rect_lightning.metrics import EditMetrics, evaluate, perplexity
 from rect_lightning.solving.prefixes import Prefixes
+from rect_lightning.tasks import Perplexity
 from tests import tiny
 from tests.editors.test_base import PROSE, facts, fit, identical, memit, opinionated, rome, state, trainer
 from tests.metrics.naive import greedy, target_log_probs
@@ -89,7 +93,8 @@ def test_several_validations_in_a_fit_do_not_add_up(tmp_path):
     once = memit(tmp_path)
     fit(editor, data, val_check_interval=1)
     fit(once, data)
-    assert editor.results == once.results
+    for when, values in once.results.items():  # to rounding: the clean model was asked about fewer requests at a time
+        assert editor.results[when] == pytest.approx(values, rel=1e-5)
     assert len(editor.measurement.samples) == 4
 
 
@@ -195,3 +200,26 @@ def test_prose_is_a_file_or_the_one_of_the_package(tmp_path, prose):
         FileNotFoundError, match=r"model\.prose: there is no text file .*missing\.txt; name one, or null"
     ):
         prose_path(str(tmp_path / "missing.txt"))
+
+
+def test_the_clean_model_is_asked_once_about_each_request(tmp_path, prose, monkeypatch):
+    asked = []
+
+    def counted(adapter, requests, **options):
+        asked.extend(request.id for request in requests)
+        return evaluate(adapter, requests, **options)
+
+    monkeypatch.setattr("rect_lightning.editors.base.evaluate", counted)
+    editor, data = memit(tmp_path), facts(tmp_path, batch_size=2)
+    side = SideEffects([Perplexity(path=prose, context=64)], every_n_edits=2)
+    run = fit(editor, data, side)
+    run.validate(editor, datamodule=data)
+    assert sorted(asked) == sorted(request.id for request in data.requests)
+
+    other = replace(data.requests[0], target_true="Rome")  # the same id, but another request
+    editor.clean_scores([other])
+    assert len(asked) == len(data.requests) + 1
+    editor.attach(editor.network, editor.model.tokenizer)  # what is clean is another model now
+    with editor.clean_weights():
+        assert editor.clean_scores(data.requests) == evaluate(editor.model, data.requests)
+    assert len(asked) == 2 * len(data.requests) + 1
