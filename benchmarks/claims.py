@@ -6,7 +6,8 @@
 One table for each combination of the other axes. Values are means over the seeds with 95 % t intervals, for the ratio of
 perplexities from and to, both taken of the logarithm; n is told where it is not that of all seeds. What is compared with
 "none" is compared seed by seed, on the same records. The abilities are the main scores of the tasks, each as the share of
-what it was at 0 edits; their curve is its mean over all points measured after 0 edits, their end the last point.
+what it was at 0 edits; a curve is the mean over all points measured after 0 edits, an end the last point. Shares of none's
+efficacy and generalisation are those of the curves, where edits were measured along the way.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rect_lightning.reports.results import SEED, Results, Row, lower_is_better
 
 REGULARISER, NONE, PERPLEXITY = "regulariser", "none", "perplexity, ratio"
 EDITING = ("efficacy/exact", "generalisation/exact", "locality/unchanged")
+KEPT = EDITING[:2]
 
 Cell = tuple[str, ...]
 Values = dict[str, float]
@@ -44,6 +46,9 @@ def measured(folder: Path) -> tuple[tuple[str, ...], dict[Cell, list[Row]]]:
 def summary(rows: Sequence[Row]) -> Values:
     """The editing metrics of one cell in the end, and what is left of its abilities."""
     found = {row.name: row.value for row in rows if row.source == "after" and row.name in EDITING}
+    for name in KEPT:
+        if along := [row.value for row in rows if row.source == "edits" and row.name == name]:
+            found[_curve(name)] = fmean(along)
     results = Results(title="", rows=tuple(rows))
     shares = [
         _shares([row for row in rows if row.source == "task" and row.name == name]) for name in results.main_scores
@@ -60,6 +65,10 @@ def summary(rows: Sequence[Row]) -> Values:
         if share and lower_is_better(name):
             found[PERPLEXITY] = share[-1]
     return found
+
+
+def _curve(name: str) -> str:
+    return f"{name}, curve"
 
 
 def _shares(rows: Sequence[Row]) -> list[float]:
@@ -90,7 +99,7 @@ def tables(axes: Sequence[str], cells: Mapping[Cell, Sequence[Row]]) -> list[str
             columns = [
                 ([values[name] for values in seeds.values() if name in values], name == PERPLEXITY) for name in names
             ]
-            columns += [(_kept(seeds, none, name), False) for name in EDITING[:2]]
+            columns += [(_kept(seeds, none, name), False) for name in KEPT]
             columns.append((_above(seeds, none), False))
             cells_ = [_mean(values, ratio=ratio, of=most) for values, ratio in columns]
             lines.append("| " + " | ".join([method, *cells_]) + " |")
@@ -99,7 +108,9 @@ def tables(axes: Sequence[str], cells: Mapping[Cell, Sequence[Row]]) -> list[str
 
 
 def _kept(seeds: Mapping[str, Values], none: Mapping[str, Values], name: str) -> list[float]:
-    """A metric as a share of that of "none", seed by seed."""
+    """A metric as a share of that of "none", seed by seed; its mean along the way, if that was measured."""
+    if any(_curve(name) in values for values in none.values()):
+        name = _curve(name)
     pairs = [(seeds[s][name], none[s][name]) for s in seeds if s in none and name in seeds[s] and none[s].get(name)]
     return [a / b for a, b in pairs]
 

@@ -66,7 +66,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="file for the table; printed if not given")
     parser.add_argument("--outputs", type=Path, help="file for all prompts and raw texts, JSONL")
     args = parser.parse_args(arguments)
-    adapter, paths = load(args.model), dict(item.split("=", 1) for item in args.path)
+    paths = dict(item.split("=", 1) for item in args.path)
+    tasks: list[Task] = [
+        type(named(name))(path=paths[name]) if name in paths else named(name)  # type: ignore[call-arg]
+        for name in args.tasks
+    ]
+    for task in tasks:
+        task.prepare(args.limit)
+    adapter = load(args.model)
     lines = [
         f"On {description()}, {args.precision}.",
         "",
@@ -74,8 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         "|---|---|---|---|---|---|",
     ]
     total, outputs = 0.0, []
-    for name in args.tasks:
-        task: Task = type(named(name))(path=paths[name]) if name in paths else named(name)  # type: ignore[call-arg]
+    for task in tasks:
         start = perf_counter()
         result = measure(
             adapter, task, limit=args.limit, precision=args.precision, tokens_per_batch=args.tokens_per_batch
@@ -89,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
                 alone = f"{one_at_a_time(adapter, task, records) / len(records) * result.n / seconds:.1f}"
         lines.append(row(result, seconds, alone))
         for output in result.outputs:
-            told = {"task": name, "prompts": output.prompts, "texts": output.texts, "answer": str(output.answer)}
+            told = {"task": task.name, "prompts": output.prompts, "texts": output.texts, "answer": str(output.answer)}
             outputs.append(
                 json.dumps(told | {"parts": {k: str(v) for k, v in output.parts.items()}}, ensure_ascii=False)
             )
