@@ -7,7 +7,9 @@ One table for each combination of the other axes. Values are means over the seed
 perplexities from and to, both taken of the logarithm; n is told where it is not that of all seeds. What is compared with
 "none" is compared seed by seed, on the same records. The abilities are the main scores of the tasks, each as the share of
 what it was at 0 edits; a curve is the mean over all points measured after 0 edits, an end the last point. Shares of none's
-efficacy and generalisation are those of the curves, where edits were measured along the way.
+efficacy and generalisation are those of the curves, where edits were measured along the way. Where edits pile up, a second
+table says how far the edited weights had come from the clean ones in the end: the shares of entries whose relative change is
+above the paper's two thresholds, and the sum of the absolute changes, as means over layers.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -67,6 +69,17 @@ def summary(rows: Sequence[Row]) -> Values:
     return found
 
 
+def changed(rows: Sequence[Row]) -> Values:
+    """How far the weights of one cell are from the clean ones in the end; nothing where edits do not pile up."""
+    if not any(row.source == "edits" for row in rows):
+        return {}
+    last = {row.name: row.value for row in sorted(rows, key=lambda row: row.edits or 0) if row.source == "change"}
+    layers: dict[str, list[float]] = defaultdict(list)
+    for name, value in last.items():
+        layers[name.partition("/")[2]].append(value)
+    return {name: fmean(values) for name, values in layers.items()}
+
+
 def _curve(name: str) -> str:
     return f"{name}, curve"
 
@@ -81,29 +94,44 @@ def _shares(rows: Sequence[Row]) -> list[float]:
 def tables(axes: Sequence[str], cells: Mapping[Cell, Sequence[Row]]) -> list[str]:
     """The lines of all tables."""
     regulariser, seed = axes.index(REGULARISER), axes.index(SEED)
-    groups: dict[Cell, dict[str, dict[str, Values]]] = defaultdict(lambda: defaultdict(dict))
+    groups: dict[Cell, dict[str, dict[str, Sequence[Row]]]] = defaultdict(lambda: defaultdict(dict))
     for cell, rows in cells.items():
         others = tuple(level for i, level in enumerate(cell) if i not in (regulariser, seed))
-        groups[others][cell[regulariser]][cell[seed]] = summary(rows)
+        groups[others][cell[regulariser]][cell[seed]] = rows
     most = len({cell[seed] for cell in cells})
     lines: list[str] = []
     for others, methods in groups.items():
-        names = list(dict.fromkeys(name for seeds in methods.values() for values in seeds.values() for name in values))
         lines += [f"**{', '.join(others)}**", ""]
-        lines.append(
-            "| " + " | ".join(["", *names, "of none's efficacy", "of its generalisation", "curve less none's"]) + " |"
-        )
-        lines.append("|---" * (len(names) + 4) + "|")
-        none = methods.get(NONE, {})
-        for method, seeds in methods.items():
-            columns = [
-                ([values[name] for values in seeds.values() if name in values], name == PERPLEXITY) for name in names
-            ]
+        lines += [*_table(methods, summary, most, compared=True), ""]
+        if change := _table(methods, changed, most):
+            lines += [f"**{', '.join(others)}: how the weights had changed in the end**", "", *change, ""]
+    return lines
+
+
+def _table(
+    methods: Mapping[str, Mapping[str, Sequence[Row]]],
+    summarised: Callable[[Sequence[Row]], Values],
+    most: int,
+    *,
+    compared: bool = False,
+) -> list[str]:
+    """The lines of one table, a row a method; none where there is nothing to tell."""
+    found = {method: {s: summarised(rows) for s, rows in seeds.items()} for method, seeds in methods.items()}
+    names = list(dict.fromkeys(name for seeds in found.values() for values in seeds.values() for name in values))
+    if not names:
+        return []
+    header = ["", *names, *(["of none's efficacy", "of its generalisation", "curve less none's"] if compared else [])]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    none = found.get(NONE, {})
+    for method, seeds in found.items():
+        columns = [
+            ([values[name] for values in seeds.values() if name in values], name == PERPLEXITY) for name in names
+        ]
+        if compared:
             columns += [(_kept(seeds, none, name), False) for name in KEPT]
             columns.append((_above(seeds, none), False))
-            cells_ = [_mean(values, ratio=ratio, of=most) for values, ratio in columns]
-            lines.append("| " + " | ".join([method, *cells_]) + " |")
-        lines.append("")
+        cells = [_mean(values, ratio=ratio, of=most) for values, ratio in columns]
+        lines.append("| " + " | ".join([method, *cells]) + " |")
     return lines
 
 
@@ -125,9 +153,10 @@ def _mean(values: Sequence[float], *, ratio: bool, of: int) -> str:
     if not values:
         return ""
     mean, low, high = mean_and_interval(values, ratio=ratio)
-    told = f"{mean:.3f}"
+    places = 3 if abs(mean) < 1000 else 0
+    told = f"{mean:.{places}f}"
     if low is not None and high is not None:
-        told += f" ({low:.3g} to {high:.3g})" if ratio else f" ± {(high - low) / 2:.3f}"
+        told += f" ({low:.3g} to {high:.3g})" if ratio else f" ± {(high - low) / 2:.{places}f}"
     return told if len(values) == of else f"{told}, n = {len(values)}"
 
 

@@ -114,6 +114,28 @@ def test_the_claims_compare_seed_by_seed(tmp_path, capsys):
     assert rect[5] == f"0.875 ± {half:.3f}"
 
 
+def test_what_is_kept_of_edits_is_their_mean_along_the_way_where_that_was_measured(tmp_path, capsys):
+    rows = ["editor,regulariser,seed,edits,source,name,value,low,high,n,unparseable"]
+    for method, along in (("none", (0.9, 0.5)), ("RECT 40", (0.5, 0.2))):
+        for seed in (0, 1):
+            rows += [
+                f"ROME,{method},{seed},{10 + 10 * i},edits,efficacy/exact,{value},,,," for i, value in enumerate(along)
+            ]
+            rows += [f"ROME,{method},{seed},20,after,efficacy/exact,{along[-1]},,,,"]
+            for layer, share in ((1, along[0]), (2, along[1])):
+                rows += [f"ROME,{method},{seed},{n},change,{layer}/above_0.171,{share * n / 20},,,," for n in (10, 20)]
+    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
+    claims.main([str(tmp_path)])
+    lines = capsys.readouterr().out.strip().splitlines()
+    *_, title, _, names, _, none, rect = lines
+    assert title == "**ROME: how the weights had changed in the end**"
+    assert [names, none, rect] == ["|  | above_0.171 |", "| none | 0.700 |", "| RECT 40 | 0.350 |"]
+    header, _, none, rect = lines[2:6]
+    assert header.startswith("|  | efficacy/exact | efficacy/exact, curve | of none's efficacy |")
+    assert none == "| none | 0.500 | 0.700 | 1.000 |  |  |"
+    assert rect == "| RECT 40 | 0.200 | 0.350 | 0.500 |  |  |"
+
+
 def test_claims_of_fewer_seeds_say_so_and_of_no_cell_are_refused(tmp_path, capsys):
     header = "editor,regulariser,seed,edits,source,name,value,low,high,n,unparseable"
     done = [
