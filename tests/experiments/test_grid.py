@@ -234,7 +234,7 @@ def built(described):
 def test_the_paper_s_grid():
     grid = Grid.load("paper_smollm2.yaml")
     cells = grid.cells()
-    assert len(cells) == 2 * 3 * (8 + 2 + 2)
+    assert len(cells) == 2 * 3 * (8 + 2 + 2) - 2 * 2  # PCA with one seed
     for cell in cells:
         options = cell.config["model"]["init_args"]
         assert (options["moments"] is not None) == (cell.levels["editor"] == "ROME")
@@ -245,6 +245,23 @@ def test_the_paper_s_grid():
             name for name in (cell.levels["regulariser"].split()[0],) if name != "none"
         ]
         assert cell.config["data"]["offset"] == 50 * int(cell.levels["seed"])
+
+
+def test_single_edits_are_made_as_those_that_pile_up():
+    piled_up = Grid.load("paper_smollm2.yaml").cells()
+    cells = Grid.load("paper_smollm2_single.yaml").cells()
+    assert len(cells) == 2 * 3 * (8 + 3)
+    assert {cell.config["model"]["init_args"]["mode"] for cell in cells} == {"single"}
+
+    def made(cell):
+        options = {k: v for k, v in cell.config["model"]["init_args"].items() if k not in ("mode", "reuse_values")}
+        callbacks = [c for c in cell.config["trainer"]["callbacks"] if "SideEffects" not in c["class_path"]]
+        return options, cell.config["data"], callbacks, cell.config["seed_everything"]
+
+    found = {tuple(cell.levels.values()): made(cell) for cell in cells}
+    both = [cell for cell in piled_up if tuple(cell.levels.values()) in found]
+    assert len(both) == len(cells) - 2 * (3 + 2), "all but ROME under RECT 20, and PCA with other seeds"
+    assert all(found[tuple(cell.levels.values())] == made(cell) for cell in both)
 
 
 def test_the_comparison_of_editors():
