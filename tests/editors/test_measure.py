@@ -203,6 +203,7 @@ def test_prose_is_a_file_or_the_one_of_the_package(tmp_path, prose):
 
 
 def test_the_clean_model_is_asked_once_about_each_request(tmp_path, prose, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without a logger the table of side effects goes to the current folder
     asked = []
 
     def counted(adapter, requests, **options):
