@@ -28,17 +28,18 @@ ABILITIES = ["gsm8k", "rte", "nq", "boolq", "mutual", "samsum", "conll2003", "ss
 
 
 @torch.no_grad()
-def one_at_a_time(adapter: Adapter, task: PromptTask, records: list) -> float:
+def one_at_a_time(adapter: Adapter, task: PromptTask, records: list, scoring: str) -> float:
     """Seconds of the same prompts by the plain model, each alone, without stop strings."""
     start = perf_counter()
     for record in records:
-        asked = dict.fromkeys(task.prompts(record), task.max_new_tokens)
-        for prompt in task.paper_prompts(record):
+        paper, standard = scoring != "standard", scoring != "paper"
+        asked = dict.fromkeys(task.prompts(record) if standard else [], task.max_new_tokens)
+        for prompt in task.paper_prompts(record) if paper else []:
             asked[prompt] = max(task.paper_tokens, asked.get(prompt, 0))
         for prompt, tokens in asked.items():
             inputs = adapter.tokenizer(prompt, return_tensors="pt")
             adapter.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-        for option in task.options(record):
+        for option in task.options(record) if standard else []:
             text = f"{task.prompts(record)[0]} {option}"
             adapter.model(**adapter.tokenizer(text, return_tensors="pt")).logits.log_softmax(-1)
     return perf_counter() - start
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--path", nargs="*", default=[], metavar="TASK=FILE", help="files in place of hub data sets")
     parser.add_argument("--limit", type=int, default=100, help="records of each task")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--scoring", choices=["paper", "standard", "both"], default="both", help="which scores")
     parser.add_argument("--tokens-per-batch", type=int, default=8192)
     parser.add_argument("--alone", type=int, default=0, help="records to ask one at a time as well")
     parser.add_argument("--out", type=Path, help="file for the table; printed if not given")
@@ -84,7 +86,12 @@ def main(arguments: list[str] | None = None) -> None:
     for task in tasks:
         start = perf_counter()
         result = measure(
-            adapter, task, limit=args.limit, precision=args.precision, tokens_per_batch=args.tokens_per_batch
+            adapter,
+            task,
+            limit=args.limit,
+            scoring=args.scoring if isinstance(task, PromptTask) else "both",
+            precision=args.precision,
+            tokens_per_batch=args.tokens_per_batch,
         )
         seconds = perf_counter() - start
         total += seconds
@@ -92,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.alone and isinstance(task, PromptTask):
             records = [record for _, record in task.records[: min(args.alone, result.n)]]
             with running_in(adapter, torch.bfloat16) if args.precision == "bf16" else nullcontext():
-                alone = f"{one_at_a_time(adapter, task, records) / len(records) * result.n / seconds:.1f}"
+                alone = f"{one_at_a_time(adapter, task, records, args.scoring) / len(records) * result.n / seconds:.1f}"
         lines.append(row(result, seconds, alone))
         for output in result.outputs:
             told = {"task": task.name, "prompts": output.prompts, "texts": output.texts, "answer": str(output.answer)}

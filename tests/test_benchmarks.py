@@ -35,17 +35,26 @@ def test_speed_writes_its_tables(folder, tmp_path, monkeypatch):
     assert cosines == [pytest.approx(1, abs=1e-4)], "the fast search does not find what the naive one does"
 
 
-@pytest.mark.parametrize("few", [1, 9])
-def test_the_naive_search_is_compared_on_the_same_requests(folder, monkeypatch, few):
+@pytest.mark.parametrize(
+    ("few", "times", "expected"),
+    [
+        # seconds of a naive search, ours of the same request in fp32 and bf16, and so on; then of all requests together
+        (1, [3.0, 1.0, 1.5, 5.0, 2.0, 4.0], (["1", "1.00", "3.0"], ["1", "1.50", "2.0"])),
+        (9, [3.0, 1.0, 1.5, 5.0, 1.0, 0.5, 2.0, 4.0], (["2", "2.00", "4.0"], ["2", "2.00", "4.0"])),
+    ],
+)
+def test_the_naive_search_is_compared_on_the_same_requests(folder, monkeypatch, few, times, expected):
     adapter = speed.load(str(folder))
-    times = iter([3.0, 5.0, 2.0, 4.0, 1.0, 1.5])  # seconds of two naive searches, then of ours
-    once = speed.once
-    monkeypatch.setattr(speed, "once", lambda function: (next(times), once(function)[1]))
-    *_, naive, fp32, bf16, single, _ = speed.against_naive(adapter, 1, speed.read_requests(speed.FACTS)[:2], few)
+    clock, once = iter(times), speed.once
+    monkeypatch.setattr(speed, "once", lambda function: (next(clock), once(function)[1]))
+    *_, naive, fp32, bf16, fp32_alone, bf16_alone = speed.against_naive(
+        adapter, 1, speed.read_requests(speed.FACTS)[:2], few
+    )
     assert naive.split(" | ")[1:4] == ["2", "8.00", "1"]
     assert fp32.split(" | ")[1:4] == ["2", "2.00", "4.0"]
     assert bf16.split(" | ")[1:4] == ["2", "4.00", "2.0"]
-    assert single.split(" | ")[1:4] == [str(min(few, 2)), "1.00", "3.0" if few == 1 else "8.0"]
+    assert (fp32_alone.split(" | ")[1:4], bf16_alone.split(" | ")[1:4]) == expected
+    assert next(clock, None) is None
 
 
 def test_what_is_written_around_the_tables_stays():
@@ -82,6 +91,18 @@ def test_the_table_of_tasks(folder, tmp_path):
     assert float(rows[1][5].rstrip("| ")) > 0
     (told,) = map(json.loads, outputs.read_text().splitlines())
     assert told["prompts"] == ["It rains. entails the It is wet.. True or False? answer:"]
+
+
+def test_tasks_are_timed_by_one_scoring_alone(folder, tmp_path, capsys):
+    records = tmp_path / "rte.jsonl"
+    records.write_text(json.dumps({"sentence1": "It rains.", "sentence2": "It is wet.", "label": 0}) + "\n")
+    for scoring, scores in (("paper", ["paper"]), ("standard", ["option", "generated"])):
+        tasks.main([
+            "--model", str(folder), "--tasks", "rte", "--path", f"rte={records}", "--alone", "1", "--scoring", scoring,
+        ])  # fmt: skip
+        row = capsys.readouterr().out.splitlines()[4].split(" | ")
+        assert [score.split()[0] for score in row[2].split("), ")] == scores
+        assert float(row[5].rstrip("| ")) > 0
 
 
 def test_the_costs_of_regularisers(capsys):
