@@ -30,9 +30,9 @@ ABILITIES = ["gsm8k", "rte", "nq", "boolq", "mutual", "samsum", "conll2003", "ss
 @torch.no_grad()
 def one_at_a_time(adapter: Adapter, task: PromptTask, records: list, scoring: str) -> float:
     """Seconds of the same prompts by the plain model, each alone, without stop strings."""
+    paper, standard = scoring != "standard", scoring != "paper"
     start = perf_counter()
     for record in records:
-        paper, standard = scoring != "standard", scoring != "paper"
         asked = dict.fromkeys(task.prompts(record) if standard else [], task.max_new_tokens)
         for prompt in task.paper_prompts(record) if paper else []:
             asked[prompt] = max(task.paper_tokens, asked.get(prompt, 0))

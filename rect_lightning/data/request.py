@@ -82,6 +82,8 @@ class EditRequest:
         object.__setattr__(self, "target_new", self.target_new.strip())
         object.__setattr__(self, "prompt", self.prompt.rstrip())  # a target brings its own space
         object.__setattr__(self, "paraphrases", tuple(prompt.rstrip() for prompt in self.paraphrases))
+        object.__setattr__(self, "neighbours", tuple(self.neighbours))
+        object.__setattr__(self, "generation_prompts", tuple(self.generation_prompts))
         if not self.subject.strip():
             raise RequestError("empty; say what the fact is about", field="subject")
         if (count := self.prompt.count(PLACEHOLDER)) != 1:

@@ -86,7 +86,7 @@ class Editor(BaseModelModule):
         self.prose = prose
         self.wild = (Wild() if wild else None) if isinstance(wild, bool) else wild
         self.measurement = Measurement()
-        self._clean_scores: dict[EditRequest, RequestScores] = {}
+        self._clean_scores: dict[tuple[EditRequest, Wild | None], RequestScores] = {}
         self.results: dict[str, dict[str, float]] = {"before": {}, "after": {}}
 
     def setup(self, stage: str) -> None:
@@ -153,13 +153,13 @@ class Editor(BaseModelModule):
             self.swapped_out = outer
 
     def clean_scores(self, requests: Sequence[EditRequest]) -> list[RequestScores]:
-        """What the clean model makes of requests, as `rect_lightning.metrics.evaluate`; each is scored only once."""
-        new = [request for request in requests if request not in self._clean_scores]
+        """What the clean model makes of requests, as `evaluate` says it; each is scored once, in full precision."""
+        new = [request for request in requests if (request, self.wild) not in self._clean_scores]
         if new:
-            with self.clean_weights():
+            with self.clean_weights(), self._full_precision():
                 scores = evaluate(self.model, new, wild=self.wild, show_progress=self.show_progress)
-            self._clean_scores |= zip(new, scores, strict=True)
-        return [self._clean_scores[request] for request in requests]
+            self._clean_scores |= {(request, self.wild): score for request, score in zip(new, scores, strict=True)}
+        return [self._clean_scores[request, self.wild] for request in requests]
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Measurement:
     """Accumulates the metrics of the clean and of the edited model over the same requests.
 
-    Both are measured side by side on the same prompts, with the clean weights swapped in for the one, so "before" cannot
-    be the edited model, nor an older state or another selection of requests.
+    Both are measured on the same prompts, with the clean weights swapped in for the one, so "before" cannot be the edited
+    model, nor another selection of requests. The clean model, which does not change, is asked once about each.
 
     Args:
         samples: For how many requests to keep the raw continuations.

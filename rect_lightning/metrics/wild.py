@@ -43,6 +43,7 @@ class Wild:
     def __post_init__(self) -> None:
         if self.context.count("{}") != 1:
             raise ValueError(f"wild.context must hold '{{}}' once, in place of the prompt; got {self.context!r}.")
+        object.__setattr__(self, "stops", tuple(self.stops))
         if not all(self.stops):
             raise ValueError(f"wild.stops must not be empty strings; got {list(self.stops)}.")
         if self.max_new_tokens < 1:

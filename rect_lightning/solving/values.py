@@ -99,6 +99,8 @@ _PREPARED = 8192
 """Padded tokens that are prepared in one pass; where prompts are short this is more than a search together has."""
 _LOGITS = 64
 """States whose logits are computed at a time."""
+_ROWS = (8, 16, 24, 32, 48, 64, 96)
+"""How many rows a batch has in bf16 on a CPU."""
 _OVERHEAD = 40
 """What a batch costs besides its columns, in columns: measured in fp32 and in bf16 on a CPU."""
 
@@ -109,8 +111,8 @@ class _Limits:
 
     Attributes:
         budget: Padded columns after the subject in one batch at most.
-        rows: How many rows a batch may have, ascending. Of more, which have few columns each, preparing would take more
-            memory than a step.
+        rows: How many rows a batch may have, ascending; the last of a chunk, and one for which the budget is short, may have
+            fewer. Of more, which have few columns each, preparing would take more memory than a step.
         multiple: Of this are the number of columns before the subject's last token, and that of logits taken together.
     """
 
@@ -128,7 +130,7 @@ class _Limits:
         if tail.dtype != torch.bfloat16:
             return _Limits(budget, range(1, 97), 1)
         # for each new shape of a product in bf16 oneDNN generates code, half a megabyte, and keeps it: let shapes recur
-        return _Limits(budget, (8, 16, 24, 32, 48, 64, 96), 8)
+        return _Limits(budget, _ROWS, 8)
 
     def rounded(self, rows: int) -> int:
         """The least number of rows that a batch may have, and that is not less than these."""

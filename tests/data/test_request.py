@@ -20,6 +20,13 @@ def test_text_leaves_other_braces_alone():
     assert replace(REQUEST, subject="a{}b").text == "a{}b was born in"
 
 
+def test_lists_become_tuples():
+    listed = replace(
+        REQUEST, paraphrases=["Ada was"], neighbours=[Neighbour(prompt="a", answer="b")], generation_prompts=["x"]
+    )
+    assert hash(listed) == hash(replace(listed, neighbours=tuple(listed.neighbours), generation_prompts=("x",)))
+
+
 def test_is_frozen_and_hashable():
     with pytest.raises(FrozenInstanceError):
         REQUEST.subject = "Grace Hopper"

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rect_lightning.callbacks import SideEffects
 from rect_lightning.data.prose import prose_path
 from rect_lightning.editors.measure import Measurement
-from rect_lightning.metrics import EditMetrics, evaluate, perplexity
+from rect_lightning.metrics import EditMetrics, Wild, evaluate, perplexity
 from rect_lightning.solving.prefixes import Prefixes
 from rect_lightning.tasks import Perplexity
 from tests import tiny
@@ -220,6 +220,14 @@ def test_the_clean_model_is_asked_once_about_each_request(tmp_path, prose, monke
     other = replace(data.requests[0], target_true="Rome")  # the same id, but another request
     editor.clean_scores([other])
     assert len(asked) == len(data.requests) + 1
+    editor.wild = Wild(max_new_tokens=3, stops=["."])  # other questions
+    with torch.autocast("cpu", torch.bfloat16):
+        (free,) = editor.clean_scores([other])
+    assert free.rewrite.free is not None
+    with editor.clean_weights():
+        assert free == evaluate(editor.model, [other], wild=editor.wild)[0]
+    editor.wild = None
+    asked.pop()
     editor.attach(editor.network, editor.model.tokenizer)  # what is clean is another model now
     with editor.clean_weights():
         assert editor.clean_scores(data.requests) == evaluate(editor.model, data.requests)

@@ -91,10 +91,15 @@ def test_every_family(family):
     assert_same(search_values(adapter, tail, rows, replace(search, together=3), budget=24), expected)
 
 
+@pytest.mark.parametrize(("count", "rows"), [(1, 8), (8, 8), (33, 48), (65, 96), (97, 97)])
+def test_finished_rows_stay_only_for_the_shape(count, rows):
+    assert values._Limits(384, values._ROWS, 8).rounded(count) == rows
+
+
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 @pytest.mark.parametrize("multiple", [1, 8], ids=["any shape", "shapes as in bf16"])
 def test_every_family_stops_each_request_at_its_own_step(monkeypatch, family, multiple):
-    limits = partial(values._Limits, rows=range(multiple, 97, multiple), multiple=multiple)
+    limits = partial(values._Limits, rows=range(1, 97) if multiple == 1 else values._ROWS, multiple=multiple)
     monkeypatch.setattr(values._Limits, "of", lambda tail, budget: limits(budget))
     adapter = tiny_models.adapter(family)
     rows = rows_of(adapter, TEMPLATES[:2])
