@@ -393,7 +393,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=100, help="requests of the operation")
     parser.add_argument("--naive", type=int, default=0, help="requests to search in public code's way as well")
     parser.add_argument("--tokens", type=int, default=8192, help="of the text for the second moments")
-    parser.add_argument("--growth", type=int, nargs="*", default=[1, 10, 64, 100, 1000], help="numbers of requests")
+    parser.add_argument("--growth", type=int, nargs="*", default=[1, 10, 16, 64, 100, 1000], help="numbers of requests")
     parser.add_argument("--widths", type=int, nargs="*", default=[256, 512, 1024, 2048], help="of random models")
     parser.add_argument(
         "--out",

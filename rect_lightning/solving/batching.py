@@ -116,6 +116,11 @@ def by_time(
     return batches[::-1]
 
 
+def padded(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> int:
+    """The tokens of batches of rows of these lengths, padding included."""
+    return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+
 def _check(budget: int) -> None:
     if budget < 1:
         raise ValueError(f"A batch needs a budget of at least one token, got {budget}.")

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from rect_lightning.models.adapter import Adapter
 from rect_lightning.models.encoding import Row
 from rect_lightning.progress import track
-from rect_lightning.solving.batching import by_length, by_time, pad
+from rect_lightning.solving.batching import by_length, by_time, pad, padded
 from rect_lightning.solving.blocks import Call, Tail, Trace, plain_attention, run_to, select_rows
 
 
@@ -99,10 +99,13 @@ _PREPARED = 8192
 """Padded tokens that are prepared in one pass; where prompts are short this is more than a search together has."""
 _LOGITS = 64
 """States whose logits are computed at a time."""
-_ROWS = (8, 16, 24, 32, 48, 64, 96)
+_ROWS = (4, 8, 12, 16, 24, 32, 48, 64, 96)
 """How many rows a batch has in bf16 on a CPU."""
-_OVERHEAD = 40
-"""What a batch costs besides its columns, in columns: measured in fp32 and in bf16 on a CPU."""
+_OVERHEADS = (40, 20, 10)
+"""What a batch is taken to cost besides its columns, in columns. Measured it is 40, in fp32 and in bf16 on a CPU; less makes
+more batches, which take a little longer, with less padding."""
+_PADDING = 0.2
+"""Of the columns, padding is to be less than this where one of the overheads allows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,20 +315,22 @@ def _batches(rows: Sequence[Row], limits: _Limits) -> Iterator[list[int]]:
     """Rows that are run together: alike in the columns of every step, and not too long to be prepared at once."""
     for together in by_length([row.subject + _columns(row) for row in rows], _PREPARED):
         columns = [_columns(rows[i]) for i in together]
-        for indices in by_time(columns, limits.budget, overhead=_OVERHEAD, sizes=limits.rows):
-            yield [together[i] for i in indices]
+        for overhead in _OVERHEADS:
+            batches = by_time(columns, limits.budget, overhead=overhead, sizes=limits.rows)
+            if sum(columns) > (1 - _PADDING) * padded(columns, batches):
+                break
+        yield from ([together[i] for i in indices] for indices in batches)
 
 
 def padding_share(requests: Sequence[SearchRows], together: int, tail: Tail) -> float:
     """The share of the columns computed in a step of a search that are padding."""
-    real = padded = 0
+    real = computed = 0
     for chosen in _chunks(requests, together):
         rows = [row for i in chosen for row in (*requests[i].targets, requests[i].essence)]
-        for indices in _batches(rows, _Limits.of(tail, None)):
-            columns = [_columns(rows[i]) for i in indices]
-            real += sum(columns)
-            padded += len(columns) * max(columns)
-    return 1 - real / padded
+        columns = [_columns(row) for row in rows]
+        real += sum(columns)
+        computed += padded(columns, list(_batches(rows, _Limits.of(tail, None))))
+    return 1 - real / computed
 
 
 def _bucket(

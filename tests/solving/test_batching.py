@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
-from rect_lightning.solving.batching import by_length, by_time, pad
+from rect_lightning.solving.batching import by_length, by_time, pad, padded
 
 CPU = torch.device("cpu")
 
@@ -61,9 +61,13 @@ def test_a_few_rows_are_one_batch_and_many_have_little_padding():
     draw = random.Random(0)
     lengths = [draw.choice([1, 1, 2, 2, 3, 3, 4, 6, 9]) for _ in range(400)]
     batches = by_time(lengths, 1024, overhead=40)
-    padded = sum(len(batch) * lengths[batch[0]] for batch in batches)
-    assert padded - sum(lengths) < 0.2 * padded
+    assert sum(lengths) > 0.8 * padded(lengths, batches)
     assert all(len(batch) * lengths[batch[0]] <= 1024 for batch in batches)
+
+
+def test_tokens_with_padding():
+    assert padded([3, 1, 2, 5], [[3], [1, 0], [2]]) == 5 + 2 * 3 + 2
+    assert padded([], []) == 0
 
 
 def test_rows_that_no_budget_holds_and_no_rows():

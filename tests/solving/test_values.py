@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 from rect_lightning.data import EditRequest
+from rect_lightning.models.encoding import Row
 from rect_lightning.solving import values
 from rect_lightning.solving.blocks import Tail
 from rect_lightning.solving.texts import search_rows
-from rect_lightning.solving.values import ValueSearch, search_values
+from rect_lightning.solving.values import SearchRows, ValueSearch, padding_share, search_values
 from tests import tiny as tiny_models
 from tests.solving.naive_values import doubled, naive_search
 
@@ -91,9 +93,27 @@ def test_every_family(family):
     assert_same(search_values(adapter, tail, rows, replace(search, together=3), budget=24), expected)
 
 
-@pytest.mark.parametrize(("count", "rows"), [(1, 8), (8, 8), (33, 48), (65, 96), (97, 97)])
+@pytest.mark.parametrize(("count", "rows"), [(1, 4), (8, 8), (9, 12), (33, 48), (65, 96), (97, 97)])
 def test_finished_rows_stay_only_for_the_shape(count, rows):
     assert values._Limits(384, values._ROWS, 8).rounded(count) == rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [12, 16, 24, 40, 64, 100])
+def test_many_requests_have_little_padding(dtype, count):
+    """As long after the subject as CounterFact's are, by their frequency there, with three prefixes each."""
+    tail = Tail(tiny_models.adapter("gpt2"), LAYER, dtype)
+    draw = random.Random(count)
+    for _ in range(20):
+        lengths = draw.choices(range(2, 9), weights=[35, 21, 52, 37, 39, 11, 5], k=count)
+        requests = [
+            SearchRows(
+                targets=(Row(ids=(0,) * (columns + 5), target=columns + 4, subject=4),) * 3,
+                essence=Row(ids=(0,) * 4, target=4, subject=3),
+            )
+            for columns in lengths
+        ]
+        assert padding_share(requests, ValueSearch().together, tail) < 0.2
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
@@ -306,7 +326,7 @@ def test_what_a_search_takes_does_not_grow_with_the_requests(tiny, monkeypatch):
     assert weighed[1] == max(weighed[1:]), "the longest chunk comes first"
     assert max(logits) <= 64
     assert len(rows) > 3
-    assert rows <= {8, 16, 24, 32, 48, 64, 96}, "shapes of products do not recur"
+    assert rows <= {4, 8, 12, 16, 24, 32, 48, 64, 96}, "shapes of products do not recur"
     assert all(count % 8 == 0 for count in logits)
 
 
