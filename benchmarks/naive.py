@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from rect_lightning.models import Adapter
 from rect_lightning.models.encoding import encode
 from rect_lightning.solving.batching import pad
-from rect_lightning.solving.values import SearchRows, ValueSearch
+from rect_lightning.solving.search_batches import SearchRows
+from rect_lightning.solving.values import ValueSearch
 
 
 def naive_search(adapter: Adapter, layer: int, requests: Sequence[SearchRows], search: ValueSearch) -> Tensor:

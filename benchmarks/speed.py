@@ -36,9 +36,10 @@ from rect_lightning.solving.keys import subject_states
 from rect_lightning.solving.moments import SecondMoment, second_moments, stacked
 from rect_lightning.solving.prefixes import Prefixes
 from rect_lightning.solving.relative_change import largest, relative_change
+from rect_lightning.solving.search_batches import SearchRows, padding_share
 from rect_lightning.solving.solvers import Factored, least_squares
 from rect_lightning.solving.texts import key_rows, search_rows
-from rect_lightning.solving.values import SearchRows, TargetValues, ValueSearch, padding_share, search_values
+from rect_lightning.solving.values import TargetValues, ValueSearch, search_values
 
 TEMPLATES = ("{}", "The. {}", "Therefore, it is so. {}")
 RECT_ENTRIES = 45_000_000  # a down projection of LLaMA 7B

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 
@@ -13,6 +15,14 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
     packages = ("rect_lightning", "torch", "lightning", "transformers", "tokenizers")
     return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def source_digest() -> str:
+    """The SHA-256 of this package's code, as 64 hex digits."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def options(made: object) -> dict[str, Any]:

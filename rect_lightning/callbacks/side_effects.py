@@ -4,6 +4,8 @@
 
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from rect_lightning.data.request import EditRequest
 from rect_lightning.durable import whole_file
-from rect_lightning.metrics import EditMetrics, evaluate
-from rect_lightning.tasks import Task, TaskResult, measure, named
+from rect_lightning.metrics import EditMetrics
+from rect_lightning.tasks import Score, Task, TaskResult, measure, named
 
 COLUMNS = ("edits", "task", "score", "value", "low", "high", "n", "unparseable")
 
@@ -96,8 +98,7 @@ class SideEffects(Callback):
         data = getattr(trainer, "datamodule", None)
         self._requests = {request.id: request for request in getattr(data, "requests", [])}
         if self.measured < 0:
-            with editor.clean_weights():
-                self._measure(trainer, editor, edits=0)
+            self._measure(trainer, editor, edits=0)
         self._measure_if_due(trainer, editor)  # what was resumed may have been broken off while it measured
 
     def on_train_batch_end(
@@ -114,12 +115,7 @@ class SideEffects(Callback):
 
     def _measure(self, trainer: Trainer, editor: Any, *, edits: int) -> None:
         with torch.autocast(editor.device.type, enabled=False):
-            results = [
-                measure(
-                    editor.model, task, processes=editor.processes, show_progress=editor.show_progress, **self.options
-                )
-                for task in self.tasks
-            ]
+            results = [self._result(editor, task) if edits else self._of_clean(editor, task) for task in self.tasks]
             metrics = self._edit_metrics(editor) if edits else {}
         rows = [_row(edits, result, name) for result in results for name in result.scores]
         rows += [
@@ -135,13 +131,24 @@ class SideEffects(Callback):
         self._write(trainer)
         self._stop(trainer, results, edits)
 
+    def _result(self, editor: Any, task: Task) -> TaskResult:
+        options: dict[str, Any] = {"processes": editor.processes, "show_progress": editor.show_progress, **self.options}
+        return replace(measure(editor.model, task, **options), outputs=())  # nobody reads these here
+
+    def _of_clean(self, editor: Any, task: Task) -> TaskResult:
+        told = task.told(self.limit)
+        asked = None if told is None else {**told, "how": self.options}
+        result: TaskResult = editor.of_clean(asked, partial(self._result, editor, task), [TaskResult, Score])
+        return result
+
     def _edit_metrics(self, editor: Any) -> dict[str, float]:
         """The metrics of all edits so far, as the model stands now."""
         requests = [self._requests[i] for i in editor.done if i in self._requests]
 
         def scores(mine: Sequence[EditRequest]) -> list[Any]:
-            return list(zip(evaluate(editor.model, mine), editor.clean_scores(mine), strict=True))
+            return list(zip(editor.scored.now(editor, mine), editor.scored.clean(editor, mine), strict=True))
 
+        editor.scored.begin(editor)
         pairs = editor.processes.collect(requests, scores)
         metrics = EditMetrics(sync_on_compute=False)  # each process has all of them
         metrics.update([after for after, _ in pairs], [clean for _, clean in pairs])

@@ -2,9 +2,9 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
@@ -12,13 +12,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from rect_lightning.cache import cache_dir
 from rect_lightning.data.prose import prose_path
 from rect_lightning.data.request import EditRequest
 from rect_lightning.editors import checkpoints
 from rect_lightning.editors.base_model import BaseModelModule
 from rect_lightning.editors.measure import Measurement, relative_changes, with_perplexity
+from rect_lightning.editors.scored import Scored
 from rect_lightning.editors.undoing import Beginning
-from rect_lightning.metrics import RequestScores, Wild, check_requests, evaluate
+from rect_lightning.kept import how_read, how_run, kept
+from rect_lightning.metrics import Wild, check_requests
 from rect_lightning.models import Source, adapter_for
 from rect_lightning.models.fingerprint import weights_fingerprint
 from rect_lightning.processes import Processes
@@ -26,6 +29,8 @@ from rect_lightning.solving.relative_change import change_statistics, relative_c
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 class Editor(BaseModelModule):
@@ -49,6 +54,9 @@ class Editor(BaseModelModule):
             package, null for none. Single mode has no edited model to measure in the end and leaves it out.
         wild: Whether to measure free answers too, beside what teacher forcing says of the edits: true asks as `Wild` does by
             default. Costs up to 40 tokens of writing for each prompt and paraphrase, before and after.
+        reuse_clean: Keep what the clean model scores in the cache folder, and take it from there when it is asked the same
+            again, as by the other runs of a grid: the requests' metrics and the prose's perplexity before the edits, and what
+            `SideEffects` measures at 0 edits. In one process only.
 
     Raises:
         ValueError: The strength is not positive.
@@ -66,6 +74,7 @@ class Editor(BaseModelModule):
         statistics: tuple[float, ...] = (0.077, 0.171),
         prose: str | None = "prose",
         wild: Wild | bool = False,
+        reuse_clean: bool = False,
     ) -> None:
         super().__init__(base=base, layers=layers)
         if strength <= 0:
@@ -85,8 +94,9 @@ class Editor(BaseModelModule):
         self.swapped_out: dict[int, Tensor] = {}  # while the clean weights are in place, the edited ones
         self.prose = prose
         self.wild = (Wild() if wild else None) if isinstance(wild, bool) else wild
+        self.reuse_clean = reuse_clean
         self.measurement = Measurement()
-        self._clean_scores: dict[tuple[EditRequest, Wild | None], RequestScores] = {}
+        self.scored = Scored()
         self.results: dict[str, dict[str, float]] = {"before": {}, "after": {}}
 
     def setup(self, stage: str) -> None:
@@ -135,7 +145,7 @@ class Editor(BaseModelModule):
         self.operations, self.done, self.memory, self.unfinished = 0, [], {}, None
         self.fingerprint = weights_fingerprint(network)
         self.clean = {layer: adapter.weight(layer).detach().clone() for layer in self.layers}
-        self._clean_scores = {}
+        self.scored = Scored()
 
     @contextmanager
     def clean_weights(self) -> Iterator[None]:
@@ -152,14 +162,23 @@ class Editor(BaseModelModule):
                 self.model.weight(layer).data = edited[layer]
             self.swapped_out = outer
 
-    def clean_scores(self, requests: Sequence[EditRequest]) -> list[RequestScores]:
-        """What the clean model makes of requests, as `evaluate` says it; each is scored once, in full precision."""
-        new = [request for request in requests if (request, self.wild) not in self._clean_scores]
-        if new:
-            with self.clean_weights(), self._full_precision():
-                scores = evaluate(self.model, new, wild=self.wild, show_progress=self.show_progress)
-            self._clean_scores |= {(request, self.wild): score for request, score in zip(new, scores, strict=True)}
-        return [self._clean_scores[request, self.wild] for request in requests]
+    def of_clean(self, told: Mapping[str, Any] | None, make: Callable[[], T], types: Sequence[type] = ()) -> T:
+        """What is made with the clean weights in place; where `reuse_clean` says so, only if it is not in the cache.
+
+        Args:
+            told: All that it depends on besides the model, as JSON can say it; None where that is not known.
+            make: Makes it, of what `kept` can keep.
+            types: The dataclasses in it.
+        """
+
+        def made() -> T:
+            with self.clean_weights():
+                return make()
+
+        if not self.reuse_clean or told is None or self.processes.count > 1:  # which have to make it together
+            return made()
+        model = how_run(self.model) | how_read(self.model)
+        return kept(cache_dir() / "clean" / self.fingerprint, {**told, "model": model}, made, types)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -220,7 +239,7 @@ class Editor(BaseModelModule):
                 f"the fit ends with operation {-(-trainer.max_steps // each)} at the latest, which is made whole."
             )
         check_requests(self.model, getattr(self.data_module, "requests", []), wild=self.wild)
-        with self.clean_weights(), self._full_precision():
+        with self.clean_weights(), self.full_precision():
             self.prepare()
 
     def prepare(self) -> None:
@@ -240,8 +259,9 @@ class Editor(BaseModelModule):
         Several processes share its work; each makes the same steps.
         """
         self._check_shared(batch)
+        self.scored.forget()
         start = time.perf_counter()
-        with self._all_or_nothing(), self._full_precision():
+        with self._all_or_nothing(), self.full_precision():
             state = self.begin(batch)
             if self.step_per == "layer":
                 for layer in self.layers:
@@ -312,8 +332,8 @@ class Editor(BaseModelModule):
         finally:
             self.unfinished = None
 
-    def _full_precision(self) -> torch.autocast:
-        """Keys, moments and solves are computed as written, whatever the Trainer's precision."""
+    def full_precision(self) -> torch.autocast:
+        """Inside, all is computed as written, whatever the Trainer's precision: keys, moments, solves and metrics."""
         return torch.autocast(self.device.type, enabled=False)
 
     def on_train_batch_end(self, outputs: Any, batch: list[EditRequest], batch_idx: int) -> None:
@@ -324,7 +344,7 @@ class Editor(BaseModelModule):
             try:
                 if not self.abstained:
                     self._refuse_unchanged()
-                with self._full_precision():
+                with self.full_precision():
                     self.measurement.add(self, batch)
             finally:
                 self.restore()
@@ -359,6 +379,7 @@ class Editor(BaseModelModule):
         """Start measuring anew, except after a fit in single mode, which has measured as it went."""
         if not self._measured_while_editing:
             self.measurement = Measurement()
+            self.scored.begin(self)
         if self.trainer.state.fn != "fit" and self.is_clean():
             rank_zero_warn(
                 "No weight differs from the base model: what follows measures it twice. Give --ckpt_path of a run."
@@ -372,7 +393,7 @@ class Editor(BaseModelModule):
         if self.trainer.state.fn == "fit":
             done = set(self.done)
             batch = [request for request in batch if request.id in done]
-        with self._full_precision():
+        with self.full_precision():
             self.measurement.add(self, batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -381,7 +402,7 @@ class Editor(BaseModelModule):
             return
         results = self.measurement.compute()
         if self.prose is not None:
-            with self._full_precision():
+            with self.full_precision():
                 results = with_perplexity(self, results, self.prose)
         self._report(results)
 
@@ -401,7 +422,7 @@ class Editor(BaseModelModule):
 
     def predict_step(self, batch: list[str], batch_idx: int) -> list[dict[str, str]]:
         """Continue prompts greedily before and after the edits: ``{"prompt", "before", "after"}`` for each."""
-        with self._full_precision():
+        with self.full_precision():
             return self.continuations(batch)
 
     def continuations(self, prompts: Sequence[str], *, max_new_tokens: int = 20) -> list[dict[str, str]]:

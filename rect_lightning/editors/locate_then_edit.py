@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,9 @@ from rect_lightning.cache import cache_dir
 from rect_lightning.checkpoint_io import KEY
 from rect_lightning.data.request import EditRequest
 from rect_lightning.editors.prefixed import Prefixed
+from rect_lightning.kept import how_run, kept
 from rect_lightning.models.fingerprint import tensor_digest
 from rect_lightning.solving.blocks import Tail
-from rect_lightning.solving.kept_values import kept_values
 from rect_lightning.solving.keys import SubjectStates, subject_states
 from rect_lightning.solving.moments import Moments, second_moments
 from rect_lightning.solving.solvers import Factored
@@ -132,8 +133,15 @@ class LocateThenEdit(Prefixed):
 
             if not keep:
                 return search()
+            told = how_run(self.model) | {
+                "layer": tail.layer,
+                "dtype": str(tail.dtype),
+                "options": asdict(self.search),
+                "relative_to": relative_to,
+                "rows": [asdict(row) for row in rows],
+            }
             folder = cache_dir() / "values" / self.fingerprint
-            return kept_values(folder, search, tail=tail, rows=rows, options=self.search, relative_to=relative_to)
+            return kept(folder, told, search, [TargetValues], device=self.model.device)
 
         return self.processes.map(requests, values)
 

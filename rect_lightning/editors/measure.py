@@ -10,7 +10,7 @@ import torch
 
 from rect_lightning.data.prose import prose_path
 from rect_lightning.data.request import EditRequest
-from rect_lightning.metrics import EditMetrics, RequestScores, evaluate, perplexity, request_metrics
+from rect_lightning.metrics import EditMetrics, RequestScores, perplexity, request_metrics
 from rect_lightning.solving.change_profile import BINS, HIGH, LOW, change_profile
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ class Measurement:
     """Accumulates the metrics of the clean and of the edited model over the same requests.
 
     Both are measured on the same prompts, with the clean weights swapped in for the one, so "before" cannot be the edited
-    model, nor another selection of requests. The clean model, which does not change, is asked once about each.
+    model, nor another selection of requests. Each is asked once about a request: the clean model in all, the edited one as
+    long as its weights stay.
 
     Args:
         samples: For how many requests to keep the raw continuations.
@@ -38,8 +39,8 @@ class Measurement:
         mine = editor.processes.mine(requests)
         shown = requests[: self._wanted - len(self.samples)] if editor.processes.is_first else []
         with editor.processes.together():
-            clean = editor.clean_scores(mine)
-            after = evaluate(editor.model, mine, wild=editor.wild, show_progress=editor.show_progress)
+            clean = editor.scored.clean(editor, mine)
+            after = editor.scored.now(editor, mine)
             self.before.to(editor.device).update(clean, clean)
             self.after.to(editor.device).update(after, clean)
             continuations = editor.continuations([r.text for r in shown]) if shown else []
@@ -76,8 +77,8 @@ def with_perplexity(editor: Editor, results: dict[str, dict[str, float]], prose:
         text, name = path.read_text(encoding="utf-8"), f"perplexity/{path.stem}"
     context = min(512, editor.model.context_length)
     options: dict[str, Any] = {"context": context, "show_progress": editor.show_progress, "processes": editor.processes}
-    with editor.clean_weights():
-        before = perplexity(editor.model, text, **options)
+    told = {"perplexity": text, "context": context}
+    before = editor.of_clean(told, lambda: perplexity(editor.model, text, **options))
     after = perplexity(editor.model, text, **options)
     return {"before": {**results["before"], name: before}, "after": {**results["after"], name: after}}
 

@@ -1,7 +1,15 @@
 """Measuring edits: how likely targets are, whether edits took and what they cost."""
 
 from rect_lightning.metrics.definitions import DEFINITIONS
-from rect_lightning.metrics.editing import EditMetrics, Pair, RequestScores, check_requests, evaluate, request_metrics
+from rect_lightning.metrics.editing import (
+    SCORES,
+    EditMetrics,
+    Pair,
+    RequestScores,
+    check_requests,
+    evaluate,
+    request_metrics,
+)
 from rect_lightning.metrics.generation import (
     Continuation,
     begins_with,
@@ -20,6 +28,7 @@ from rect_lightning.metrics.wild import FreeAnswer, Wild, free_answers
 
 __all__ = [
     "DEFINITIONS",
+    "SCORES",
     "Continuation",
     "EditMetrics",
     "FreeAnswer",

@@ -53,6 +53,10 @@ class RequestScores:
     neighbours: tuple[Pair, ...] = ()
 
 
+SCORES = (RequestScores, Pair, TargetScore, FreeAnswer)
+"""The classes that a request's scores are made of."""
+
+
 def evaluate(
     adapter: Adapter, requests: Sequence[EditRequest], *, wild: Wild | None = None, show_progress: bool = False
 ) -> list[RequestScores]:

@@ -36,6 +36,13 @@ class Prefixes:
                     "prefixes.templates must start with the bare '{}' and hold '{}' exactly once each; "
                     f"got {wrong or self.templates}."
                 )
+            sampling = ("count", "lengths", "seed")
+            idle = [name for name in sampling if getattr(self, name) != getattr(type(self), name)]
+            if idle:
+                raise ValueError(
+                    f"prefixes.templates are given, so none is sampled and {' and '.join(idle)} would change nothing; "
+                    "leave these out, or sample with prefixes.templates null."
+                )
 
     def resolve(self, adapter: Adapter) -> tuple[str, ...]:
         """The templates, the bare ``"{}"`` first."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rect_lightning.data.request import EditRequest
 from rect_lightning.models.adapter import Adapter
 from rect_lightning.models.encoding import Row, encode
-from rect_lightning.solving.values import SearchRows
+from rect_lightning.solving.search_batches import SearchRows
 
 
 def key_rows(adapter: Adapter, requests: Sequence[EditRequest], templates: Sequence[str]) -> list[Row]:

@@ -12,7 +12,7 @@ where the loss reads them. The numbers are those of one request at a time throug
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from rect_lightning.models.adapter import Adapter
 from rect_lightning.models.encoding import Row
 from rect_lightning.progress import track
-from rect_lightning.solving.batching import by_length, by_time, pad, padded
+from rect_lightning.solving.batching import pad
 from rect_lightning.solving.blocks import Call, Tail, Trace, plain_attention, run_to, select_rows
+from rect_lightning.solving.search_batches import Limits, SearchRows, columns_of, in_batches, in_chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +49,6 @@ class ValueSearch:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lr <= 0 or self.clamp <= 0 or self.together < 1:
             raise ValueError(f"A value search needs steps >= 1, lr > 0, clamp > 0 and together >= 1; got {self}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchRows:
-    """The texts of one request.
-
-    Attributes:
-        targets: One row a prefix: prefix, prompt and target, with subject and target marked. The bare prompt is first.
-        essence: The row of "{subject} is a", for the KL term.
-        id: Names the request in errors.
-    """
-
-    targets: tuple[Row, ...]
-    essence: Row
-    id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,52 +78,9 @@ class TargetValues:
         return TargetValues(**{name: torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS})
 
 
-SEARCH_VERSION = 1
-"""Goes up whenever the search finds other values than before, so that those kept in a cache are not taken for its own."""
 _FIELDS = ("value", "stream", "offset", "losses")
-_PREPARED = 8192
-"""Padded tokens that are prepared in one pass; where prompts are short this is more than a search together has."""
 _LOGITS = 64
 """States whose logits are computed at a time."""
-_ROWS = (4, 8, 12, 16, 24, 32, 48, 64, 96)
-"""How many rows a batch has in bf16 on a CPU."""
-_OVERHEADS = (40, 20, 10)
-"""What a batch is taken to cost besides its columns, in columns. Measured it is 40, in fp32 and in bf16 on a CPU; less makes
-more batches, which take a little longer, with less padding."""
-_PADDING = 0.2
-"""Of the columns, padding is to be less than this where one of the overheads allows it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Limits:
-    """What batches are like, for the sake of memory and of what the device does best.
-
-    Attributes:
-        budget: Padded columns after the subject in one batch at most.
-        rows: How many rows a batch may have, ascending; the last of a chunk, and one for which the budget is short, may have
-            fewer. Of more, which have few columns each, preparing would take more memory than a step.
-        multiple: Of this are the number of columns before the subject's last token, and that of logits taken together.
-    """
-
-    budget: int
-    rows: Sequence[int]
-    multiple: int
-
-    @staticmethod
-    def of(tail: Tail, budget: int | None) -> _Limits:
-        """Those for a tail, with a budget of the caller's or one of our own."""
-        if tail.adapter.device.type != "cpu":
-            budget = 1024 if budget is None else budget
-            return _Limits(budget, range(1, budget + 1), 1)
-        budget = 384 if budget is None else budget
-        if tail.dtype != torch.bfloat16:
-            return _Limits(budget, range(1, 97), 1)
-        # for each new shape of a product in bf16 oneDNN generates code, half a megabyte, and keeps it: let shapes recur
-        return _Limits(budget, _ROWS, 8)
-
-    def rounded(self, rows: int) -> int:
-        """The least number of rows that a batch may have, and that is not less than these."""
-        return min((allowed for allowed in self.rows if allowed >= rows), default=rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +111,7 @@ class _Bucket:
     essence: Tensor
     reference: Tensor
 
-    def of(self, active: Tensor, limits: _Limits) -> _Bucket | None:
+    def of(self, active: Tensor, limits: Limits) -> _Bucket | None:
         """The rows of the requests that are still active, and a few others for the shape; nothing if none is active."""
         keep = active[self.owner]
         if not keep.any():
@@ -221,8 +164,8 @@ def search_values(
     Raises:
         ValueError: A loss is not finite.
     """
-    limits = _Limits.of(tail, budget)
-    chunks = _chunks(requests, search.together)
+    limits = Limits.of(tail, budget)
+    chunks = in_chunks(requests, search.together)
     bar = track(range(len(chunks) * search.steps), "target values", show=show_progress, unit="step")
     with plain_attention(adapter), torch.autocast(adapter.device.type, enabled=False), bar:
         found = [
@@ -232,22 +175,13 @@ def search_values(
     return TargetValues.cat(found).take(torch.tensor([i for chosen in chunks for i in chosen]).argsort())
 
 
-def _chunks(requests: Sequence[SearchRows], together: int) -> list[list[int]]:
-    """Requests with targets of like length together, so that batches are full and have little padding.
-
-    Longest first: the others then do with the memory that is there, and what does not fit fails at once.
-    """
-    order = sorted(range(len(requests)), key=lambda i: -_columns(requests[i].targets[0]))
-    return [order[i : i + together] for i in range(0, len(order), together)]
-
-
 def _search_chunk(
     adapter: Adapter,
     tail: Tail,
     requests: Sequence[SearchRows],
     search: ValueSearch,
     relative_to: str,
-    limits: _Limits,
+    limits: Limits,
     advance: Callable[[int], object],
 ) -> TargetValues:
     buckets: list[_Bucket | None]
@@ -286,7 +220,7 @@ def _search_chunk(
 
 @torch.no_grad()
 def _prepare(
-    adapter: Adapter, tail: Tail, requests: Sequence[SearchRows], search: ValueSearch, limits: _Limits
+    adapter: Adapter, tail: Tail, requests: Sequence[SearchRows], search: ValueSearch, limits: Limits
 ) -> tuple[list[_Bucket | None], Tensor, Tensor]:
     """Run everything that the offset cannot change: the buckets, and value and stream of the bare prompts."""
     rows = [(i, row) for i, request in enumerate(requests) for row in request.targets]
@@ -294,11 +228,11 @@ def _prepare(
         rows += [(i, request.essence) for i, request in enumerate(requests)]
     value = stream = torch.empty(0)
     buckets: list[_Bucket | None] = []
-    for indices in _batches([row for _, row in rows], limits):
+    for indices in in_batches([row for _, row in rows], limits):
         members = [rows[i] for i in indices]
         anchors = [row.subject for _, row in members]
         column = -(-max(anchors) // limits.multiple) * limits.multiple
-        ids = [row.ids[: row.subject + _columns(row)] for _, row in members]
+        ids = [row.ids[: row.subject + columns_of(row)] for _, row in members]
         trace = run_to(adapter, pad(ids, adapter.device, anchors=anchors, column=column), tail.layer)
         bucket = _bucket(tail, trace, column, members, requests, search, limits.multiple)
         buckets.append(bucket)
@@ -309,28 +243,6 @@ def _prepare(
             if row is requests[i].targets[0]:
                 value[i], stream[i] = bucket.value[j], bucket.hidden[j, 0]
     return buckets, value, stream
-
-
-def _batches(rows: Sequence[Row], limits: _Limits) -> Iterator[list[int]]:
-    """Rows that are run together: alike in the columns of every step, and not too long to be prepared at once."""
-    for together in by_length([row.subject + _columns(row) for row in rows], _PREPARED):
-        columns = [_columns(rows[i]) for i in together]
-        for overhead in _OVERHEADS:
-            batches = by_time(columns, limits.budget, overhead=overhead, sizes=limits.rows)
-            if sum(columns) > (1 - _PADDING) * padded(columns, batches):
-                break
-        yield from ([together[i] for i in indices] for indices in batches)
-
-
-def padding_share(requests: Sequence[SearchRows], together: int, tail: Tail) -> float:
-    """The share of the columns computed in a step of a search that are padding."""
-    real = computed = 0
-    for chosen in _chunks(requests, together):
-        rows = [row for i in chosen for row in (*requests[i].targets, requests[i].essence)]
-        columns = [_columns(row) for row in rows]
-        real += sum(columns)
-        computed += padded(columns, list(_batches(rows, _Limits.of(tail, None))))
-    return 1 - real / computed
 
 
 def _bucket(
@@ -381,7 +293,7 @@ def _loss_and_gradient(
     tail: Tail,
     buckets: Sequence[_Bucket | None],
     offset: Tensor,
-    limits: _Limits,
+    limits: Limits,
     *,
     differentiate: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -440,8 +352,3 @@ def _adam(offset: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: int, lr:
     v.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
     root = (v / (1 - 0.999**step)).sqrt_().add_(1e-8)
     return offset - lr / (1 - 0.9**step) * m / root
-
-
-def _columns(row: Row) -> int:
-    """Columns to compute in every step: the subject's last token, and those up to the one before a target's last."""
-    return len(row.ids) - 1 - row.subject if row.target_ids else 1

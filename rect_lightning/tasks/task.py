@@ -96,6 +96,21 @@ class Task(ABC):
             ModuleNotFoundError: A package that the scores need is not installed.
         """
 
+    def asked(self, limit: int | None) -> Any:
+        """The data that is asked, as JSON can say it, or None where that is not known; ``limit`` as for `prepare`."""
+        return None
+
+    def told(self, limit: int | None) -> dict[str, Any] | None:
+        """All that the scores depend on besides the model and how it is run; None where that is not known.
+
+        Nor is it of a class from elsewhere, whose rules may change without this package's.
+        """
+        data = self.asked(limit)
+        if data is None or not type(self).__module__.startswith(f"{__package__}."):
+            return None
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {"task": type(self).__qualname__, "options": own, "data": data}
+
     @abstractmethod
     def run(self, adapter: Adapter, how: How) -> TaskResult:
         """Measure the model, which is at rest; see `measure`."""
@@ -261,6 +276,10 @@ class PromptTask(Task):
             raise RequestError(f"{len(self._read)} records, all of which are shots; lower shots", where=self.path)
         for where, record in self._read[: None if limit is None else self.shots + limit]:
             self._check(record, where)
+
+    def asked(self, limit: int | None) -> list[Record]:
+        """The records, shots first."""
+        return [record for _, record in self._read[: None if limit is None else self.shots + limit]]
 
     @property
     def records(self) -> list[tuple[str, Record]]:

@@ -32,12 +32,16 @@ class Perplexity(Task):
         """See that the file is there."""
         prose_path(self.path, option="tasks.Perplexity.path")
 
+    def asked(self, limit: int | None) -> str:
+        """The text."""
+        return prose_path(self.path, option="tasks.Perplexity.path").read_text(encoding="utf-8")
+
     def run(self, adapter: Adapter, how: How) -> TaskResult:
         """Read the text."""
         path = prose_path(self.path, option="tasks.Perplexity.path")
         losses, counts = chunk_losses(
             adapter,
-            path.read_text(encoding="utf-8"),
+            self.asked(None),
             context=min(self.context, adapter.context_length),
             limit=self.tokens,
             processes=how.processes,

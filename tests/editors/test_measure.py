@@ -202,7 +202,7 @@ def test_prose_is_a_file_or_the_one_of_the_package(tmp_path, prose):
         prose_path(str(tmp_path / "missing.txt"))
 
 
-def test_the_clean_model_is_asked_once_about_each_request(tmp_path, prose, monkeypatch):
+def test_each_model_is_asked_once_about_each_request(tmp_path, prose, monkeypatch):
     monkeypatch.chdir(tmp_path)  # without a logger the table of side effects goes to the current folder
     asked = []
 
@@ -210,19 +210,31 @@ def test_the_clean_model_is_asked_once_about_each_request(tmp_path, prose, monke
         asked.extend(request.id for request in requests)
         return evaluate(adapter, requests, **options)
 
-    monkeypatch.setattr("rect_lightning.editors.base.evaluate", counted)
+    monkeypatch.setattr("rect_lightning.editors.scored.evaluate", counted)
     editor, data = memit(tmp_path), facts(tmp_path, batch_size=2)
     side = SideEffects([Perplexity(path=prose, context=64)], every_n_edits=2)
     run = fit(editor, data, side)
+    at_the_end = editor.results
     run.validate(editor, datamodule=data)
-    assert sorted(asked) == sorted(request.id for request in data.requests)
+    assert editor.results == at_the_end
+    a, b, c, d = (request.id for request in data.requests)
+    # all clean, the first two after their edits, all after theirs: nothing again at the end of the fit, nor to validate
+    assert sorted(asked) == sorted([a, b, c, d, a, b, a, b, c, d])
+
+    with torch.no_grad():
+        editor.model.weight(editor.layers[0]).data *= 2  # by other hands
+    run.validate(editor, datamodule=data)
+    assert asked[10:] == [a, b, c, d]
+    assert editor.results["before"] == at_the_end["before"]
+    assert editor.results["after"] != at_the_end["after"]
+    asked.clear()
 
     other = replace(data.requests[0], target_true="Rome")  # the same id, but another request
-    editor.clean_scores([other])
-    assert len(asked) == len(data.requests) + 1
+    editor.scored.clean(editor, [other])
+    assert asked == [other.id]
     editor.wild = Wild(max_new_tokens=3, stops=["."])  # other questions
     with torch.autocast("cpu", torch.bfloat16):
-        (free,) = editor.clean_scores([other])
+        (free,) = editor.scored.clean(editor, [other])
     assert free.rewrite.free is not None
     with editor.clean_weights():
         assert free == evaluate(editor.model, [other], wild=editor.wild)[0]
@@ -230,5 +242,5 @@ def test_the_clean_model_is_asked_once_about_each_request(tmp_path, prose, monke
     asked.pop()
     editor.attach(editor.network, editor.model.tokenizer)  # what is clean is another model now
     with editor.clean_weights():
-        assert editor.clean_scores(data.requests) == evaluate(editor.model, data.requests)
-    assert len(asked) == 2 * len(data.requests) + 1
+        assert editor.scored.clean(editor, data.requests) == evaluate(editor.model, data.requests)
+    assert asked == [other.id, a, b, c, d]

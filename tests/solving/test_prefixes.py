@@ -123,3 +123,13 @@ def test_wrong_templates(templates):
 def test_wrong_numbers(options):
     with pytest.raises(ValueError, match="count >= 0 and lengths >= 1"):
         Prefixes(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [({"count": 2, "seed": 3}, "count and seed"), ({"lengths": (5,)}, "and lengths would")]
+)
+def test_sampling_beside_given_templates_is_refused(options, named):
+    with pytest.raises(ValueError, match=f"{named}.*templates null"):
+        Prefixes(templates=["{}"], **options)
+    assert Prefixes(templates=["{}"], count=5, lengths=(10,), seed=0).templates == ["{}"]
+    Prefixes(**options)

@@ -13,10 +13,11 @@ import torch
 
 from rect_lightning.data import EditRequest
 from rect_lightning.models.encoding import Row
-from rect_lightning.solving import values
+from rect_lightning.solving import search_batches, values
 from rect_lightning.solving.blocks import Tail
+from rect_lightning.solving.search_batches import SearchRows, padding_share
 from rect_lightning.solving.texts import search_rows
-from rect_lightning.solving.values import SearchRows, ValueSearch, padding_share, search_values
+from rect_lightning.solving.values import ValueSearch, search_values
 from tests import tiny as tiny_models
 from tests.solving.naive_values import doubled, naive_search
 
@@ -95,7 +96,7 @@ def test_every_family(family):
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 4), (8, 8), (9, 12), (33, 48), (65, 96), (97, 97)])
 def test_finished_rows_stay_only_for_the_shape(count, rows):
-    assert values._Limits(384, values._ROWS, 8).rounded(count) == rows
+    assert search_batches.Limits(384, search_batches._ROWS, 8).rounded(count) == rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,8 +120,10 @@ def test_many_requests_have_little_padding(dtype, count):
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 @pytest.mark.parametrize("multiple", [1, 8], ids=["any shape", "shapes as in bf16"])
 def test_every_family_stops_each_request_at_its_own_step(monkeypatch, family, multiple):
-    limits = partial(values._Limits, rows=range(1, 97) if multiple == 1 else values._ROWS, multiple=multiple)
-    monkeypatch.setattr(values._Limits, "of", lambda tail, budget: limits(budget))
+    limits = partial(
+        search_batches.Limits, rows=range(1, 97) if multiple == 1 else search_batches._ROWS, multiple=multiple
+    )
+    monkeypatch.setattr(search_batches.Limits, "of", lambda tail, budget: limits(budget))
     adapter = tiny_models.adapter(family)
     rows = rows_of(adapter, TEMPLATES[:2])
     search = replace(SEARCH, weight_decay=0.0, kl=0.0625)
