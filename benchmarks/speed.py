@@ -236,8 +236,14 @@ def moments_against_bare(adapter: Adapter, layers: list[int], tokens: int, turns
     ]
 
 
-def against_naive(adapter: Adapter, layer: int, requests: list[EditRequest], few: int = 10) -> list[str]:
-    """The search of the same requests in public code's way and in ours, seconds and ratios; one at a time only a few."""
+def against_naive(
+    adapter: Adapter, layer: int, requests: list[EditRequest], few: int = 10, turns: int = 3
+) -> list[str]:
+    """The search of the same requests in public code's way and in ours, seconds and ratios; one at a time only a few.
+
+    In turns, so that a machine that is slow for a while is slow for all: alone, after each request; together, after each
+    third of them, of which the median counts.
+    """
     rows, search = search_rows(adapter, requests, TEMPLATES), ValueSearch()
     tails = {"fp32": Tail(adapter, layer, torch.float32), "bf16": Tail(adapter, layer, torch.bfloat16)}
 
@@ -245,25 +251,31 @@ def against_naive(adapter: Adapter, layer: int, requests: list[EditRequest], few
         seconds, found = once(lambda: search_values(adapter, tail, of, search))
         return seconds, found.offset
 
-    naive, alone = [], []
+    naive = []
+    alone: dict[str, list[tuple[float, torch.Tensor]]] = {name: [] for name in tails}
+    together: dict[str, list[tuple[float, torch.Tensor]]] = {name: [] for name in tails}
+    ends = {round(len(rows) * turn / turns) for turn in range(1, turns + 1)}
     for number, row in enumerate(rows):
         naive.append(once(lambda row=row: naive_search(adapter, layer, [row], search)))
-        if number < few:  # in turns, so that a machine that is slow for a while is slow for all
-            alone.append({name: ours(tail, [row]) for name, tail in tails.items()})
-    found = {f"together, {name}": [ours(tail, rows)] for name, tail in tails.items()}
-    found |= {f"one at a time, {name}": [one[name] for one in alone] for name in tails}
-    expected = torch.cat([offset for _, offset in naive])
+        for name, tail in tails.items():
+            if number < few:
+                alone[name].append(ours(tail, [row]))
+            if number + 1 in ends:
+                together[name].append(ours(tail, rows))
     lines = [
         "",
         f"| search of {len(rows)} requests | requests | seconds | speed-up | offset, cosine to the first |",
         "|---|---|---|---|---|",
         f"| one at a time, whole model, fp32 | {len(rows)} | {sum(seconds for seconds, _ in naive):.2f} | 1 | 1 |",
     ]
-    for title, parts in found.items():
-        seconds, offsets = sum(part for part, _ in parts), torch.cat([offset for _, offset in parts])
+    found = {f"together, {name}": (median(part for part, _ in parts), parts[0][1]) for name, parts in together.items()}
+    for name, parts in alone.items():
+        found[f"one at a time, {name}"] = (sum(part for part, _ in parts), torch.cat([offset for _, offset in parts]))
+    for title, (seconds, offsets) in found.items():
         count = len(offsets)
         ratio = sum(part for part, _ in naive[:count]) / seconds
-        cosine = torch.cosine_similarity(offsets, expected[:count]).mean()
+        expected = torch.cat([offset for _, offset in naive[:count]])
+        cosine = torch.cosine_similarity(offsets, expected).mean()
         lines.append(f"| {title} | {count} | {seconds:.2f} | {ratio:.1f} | {cosine:.6f} |")
     return lines
 

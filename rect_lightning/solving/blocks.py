@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rect_lightning.models.adapter import Adapter
 from rect_lightning.solving.batching import Batch
-from rect_lightning.solving.packed import can_pack, pack
+from rect_lightning.solving.packed import can_pack, pack, same_input
 
 
 class _Stop(Exception):
@@ -166,9 +166,13 @@ class Tail:
         own = next(adapter.norm.parameters()).dtype
         dtype = own if dtype is None else dtype
         if packed or dtype != own:
+            together = same_input(parts, lambda: _one_token(adapter)) if packed else [[] for _ in parts]
             with plain_attention(adapter):  # a copy's configuration is a copy as well and stays like this
                 # one by one: two copies of the whole tail in full precision would be more than the search saves
-                parts = [_frozen(part, dtype, packed=packed) for part in parts]
+                parts = [
+                    _frozen(part, dtype, packed=packed, together=groups)
+                    for part, groups in zip(parts, together, strict=True)
+                ]
         self.adapter, self.layer, self.dtype = adapter, layer, dtype
         self.blocks: list[nn.Module] = parts[:-2]
         self.norm, self.head = parts[-2:]
@@ -219,12 +223,16 @@ class Tail:
         return x.clamp(min=torch.finfo(self.dtype).min).to(self.dtype)
 
 
-def _frozen(part: nn.Module, dtype: torch.dtype, *, packed: bool) -> nn.Module:
+def _one_token(adapter: Adapter) -> None:
+    adapter.backbone(input_ids=torch.zeros(1, 1, dtype=torch.long, device=adapter.device), use_cache=False)
+
+
+def _frozen(part: nn.Module, dtype: torch.dtype, *, packed: bool, together: Sequence[Sequence[str]]) -> nn.Module:
     """A copy of a part in a precision, whose tensors are the part's own where that is theirs already."""
     tensors = [*part.parameters(), *part.buffers()]
     own: dict[int, Any] = {id(x): x for x in tensors if x.dtype == dtype or not x.is_floating_point()}
     copied = copy.deepcopy(part, own).to(dtype)
-    return pack(copied) if packed else copied
+    return pack(copied, together) if packed else copied
 
 
 def select_rows(calls: Sequence[Call], rows: Tensor, count: int) -> list[Call]:

@@ -1,12 +1,16 @@
 """Packed linear layers against plain ones."""
 
+import copy
+import weakref
+
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rect_lightning.solving import packed
-from rect_lightning.solving.packed import can_pack, pack
+from rect_lightning.solving.packed import can_pack, pack, same_input
+from tests import tiny as tiny_models
 
 
 def layers():
@@ -61,3 +65,67 @@ def test_large_weights_are_left_alone(monkeypatch):
     assert not can_pack([nn.Linear(4, 5, bias=False)], torch.float32)
     assert not can_pack([nn.Linear(2, 2)], torch.float64)
     assert not can_pack([nn.Linear(2, 2, device="meta")], torch.float32)
+
+
+class Three(nn.Module):
+    """Two layers that read the same, and one that reads what they make."""
+
+    def __init__(self, *, bias):
+        super().__init__()
+        self.inner = nn.ModuleDict({"left": nn.Linear(24, 40, bias=bias), "right": nn.Linear(24, 16)})
+        self.last = Conv1D(8, 40)
+
+    def forward(self, x, twin=None):
+        left, right = self.inner["left"](x), self.inner["right"](x if twin is None else twin)
+        return self.last(left * right.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_that_read_the_same_share_a_product(bias):
+    torch.manual_seed(0)
+    module, x = Three(bias=bias), torch.randn(3, 5, 24, requires_grad=True)
+    groups = same_input([module, nn.Linear(2, 2)], lambda: module(x))
+    assert groups == [[["inner.left", "inner.right"]], []]
+    assert not any(layer._forward_pre_hooks for layer in module.modules())
+    found = pack(copy.deepcopy(module), groups[0])
+    assert len({id(found.inner[name].shared) for name in ("left", "right")}) == 1
+    up = torch.randn(3, 5, 8)
+    for _ in range(2):
+        wanted, got = module(x), found(x)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+        gradients = [torch.autograd.grad(y, x, up)[0] for y in (wanted, got)]
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-4)
+    twin = torch.randn(3, 5, 24)
+    torch.testing.assert_close(found(x, twin), module(x, twin), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found(x), module(x), rtol=1e-5, atol=1e-4)
+
+
+def test_a_product_is_let_go_once_all_have_their_part():
+    module = Three(bias=True)
+    found = pack(module, [["inner.left", "inner.right"]])
+    x = torch.randn(2, 24)
+    alive = weakref.ref(x)
+    with torch.no_grad():
+        found(x)
+    del x
+    assert alive() is None
+
+
+def test_a_layer_that_reads_twice_shares_with_none():
+    module = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    x = torch.randn(2, 4)
+    assert same_input([module], lambda: [module[i](x) for i in (0, 1, 0)]) == [[]]
+
+
+GATED = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]]
+PARALLEL = [["attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in"]]
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"), [("llama", GATED), ("qwen3", GATED), ("gemma3", GATED), ("gptj", PARALLEL), ("gpt2", [])]
+)
+def test_what_shares_an_input_in_a_family(family, expected):
+    adapter = tiny_models.adapter(family)
+    blocks = list(adapter.blocks)
+    found = same_input(blocks, lambda: adapter.backbone(input_ids=torch.tensor([[3]])))
+    assert [[sorted(group) for group in groups] for groups in found] == [[*map(sorted, expected)]] * len(blocks)
