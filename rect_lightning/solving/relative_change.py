@@ -13,7 +13,7 @@ before the update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def relative_change(update: Tensor, weight: Tensor) -> Tensor:
 def largest(delta: Tensor, keep: float) -> Tensor:
     """A mask of the ``round(keep · N)`` largest entries; among equal ones those that come first in memory order.
 
-    Exact at any size, with working memory of about two bytes an entry besides the mask. (Counting is by ``count_nonzero``:
+    Exact at any size, with working memory of about one byte an entry besides the mask. (Counting is by ``count_nonzero``:
     ``sum`` of a bool tensor makes a copy of eight bytes an entry first.)
 
     Args:
@@ -70,48 +70,52 @@ def largest_of_all(delta: Callable[[int], Tensor], sizes: Sequence[int], keep: f
     count = round(keep * sum(sizes))
     if count == 0:
         return [torch.zeros_like(flat(i), dtype=torch.bool) for i in range(len(sizes))]
-    threshold = _kth_largest(flat, sizes, count)
-    masks = [_compare(torch.ge, flat(i), threshold) for i in range(len(sizes))]
-    surplus = sum(int(mask.count_nonzero()) for mask in masks) - count
-    for i in reversed(range(len(sizes))):
-        if not surplus:
+    for low, high in _brackets(flat, sizes, count):
+        masks, places, between = [], [], []
+        for i in range(len(sizes)):
+            entries = flat(i)
+            masks.append(_compare(torch.gt, entries, high))
+            # without those above; a comparison of bytes takes half the time of one of floats
+            places.append(_compare(torch.ge, entries, low).logical_xor_(masks[i]).nonzero()[:, 0])
+            between.append(entries[places[i]])
+        wanted = count - sum(int(mask.count_nonzero()) for mask in masks)
+        if 0 < wanted <= sum(part.numel() for part in between):
             break
-        # of the entries at the threshold, drop those that come last
-        last = _compare(torch.eq, flat(i), threshold).nonzero()[-surplus:, 0]
-        masks[i][last] = False
-        surplus -= last.numel()
+    every = _join(between)
+    threshold = every.kthvalue(every.numel() - wanted + 1).values
+    surplus = int((every >= threshold).count_nonzero()) - wanted
+    for i in reversed(range(len(sizes))):
+        kept = _compare(torch.ge, between[i], threshold)
+        if surplus:  # of the entries at the threshold, drop those that come last
+            last = _compare(torch.eq, between[i], threshold).nonzero()[-surplus:, 0]
+            kept[last] = False
+            surplus -= last.numel()
+        masks[i][places[i]] = kept
     return masks
 
 
-def _kth_largest(flat: Callable[[int], Tensor], sizes: Sequence[int], k: int) -> Tensor:
-    """The k-th largest entry.
+def _brackets(flat: Callable[[int], Tensor], sizes: Sequence[int], k: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of values with the k-th largest entry between them, or on one of them: likely in the first, surely in the last.
 
-    A sorted sample brackets it, so that two passes at the speed of memory leave a few per cent of the entries to select
-    from (Floyd and Rivest 1975). A bracket that misses is widened.
+    They come from a sorted sample (Floyd and Rivest 1975). So few passes at the speed of memory leave a per cent of the
+    entries to select from.
     """
-    n = sum(sizes)
-    if n <= _SMALL:
-        every = _join(flat(i) for i in range(len(sizes)))
-        return every.kthvalue(n - k + 1).values
-    stride = n // _SAMPLE
-    starts = [-sum(sizes[:i]) % stride for i in range(len(sizes))]  # every stride-th entry of them all, in a row
-    sample = _join(flat(i)[start::stride] for i, start in enumerate(starts)).sort(descending=True).values
-    m = sample.numel()
-    rank = k / n * m
-    margin = 4 * (m**0.5) / 2  # four standard deviations of the rank, at most
-    while True:
-        low_rank, high_rank = int(rank + margin) + 1, int(rank - margin) - 1
-        high = sample[high_rank] if high_rank >= 0 else sample.new_tensor(torch.inf)
-        low = sample[low_rank] if low_rank < m else sample.new_tensor(-torch.inf)
-        above, between = 0, []
-        for i in range(len(sizes)):
-            entries = flat(i)
-            above += int(_compare(torch.gt, entries, high).count_nonzero())
-            between.append(entries[_compare(torch.ge, entries, low) & _compare(torch.le, entries, high)])
-        inside = _join(between)
-        if 0 < k - above <= inside.numel():
-            return inside.kthvalue(inside.numel() - (k - above) + 1).values
-        margin *= 4
+    n, some = sum(sizes), flat(0)
+    if n > _SMALL:
+        stride = n // _SAMPLE
+        starts = [-sum(sizes[:i]) % stride for i in range(len(sizes))]  # every stride-th entry of them all, in a row
+        sample = _join(flat(i)[start::stride] for i, start in enumerate(starts)).sort(descending=True).values
+        m = sample.numel()
+        rank = k / n * m
+        margin = 4 * (m**0.5) / 2  # four standard deviations of the rank, at most
+        while margin < m:
+            low, high = int(rank + margin) + 1, int(rank - margin) - 1
+            yield (
+                sample[low] if low < m else sample.new_tensor(-torch.inf),
+                sample[high] if high >= 0 else sample.new_tensor(torch.inf),
+            )
+            margin *= 4
+    yield some.new_tensor(-torch.inf), some.new_tensor(torch.inf)
 
 
 def _join(parts: Iterable[Tensor]) -> Tensor:
