@@ -20,7 +20,7 @@ from rect_lightning.editors.base_model import BaseModelModule
 from rect_lightning.editors.measure import Measurement, relative_changes, with_perplexity
 from rect_lightning.editors.scored import Scored
 from rect_lightning.editors.undoing import Beginning
-from rect_lightning.kept import how_read, how_run, kept
+from rect_lightning.kept import digest, how_read, how_run, kept
 from rect_lightning.metrics import Wild, check_requests
 from rect_lightning.models import Source, adapter_for
 from rect_lightning.models.fingerprint import weights_fingerprint
@@ -143,7 +143,7 @@ class Editor(BaseModelModule):
         self.adapter = adapter
         self.network = network
         self.operations, self.done, self.memory, self.unfinished = 0, [], {}, None
-        self.fingerprint = weights_fingerprint(network)
+        self.fingerprint, self._model_told = weights_fingerprint(network), ""
         self.clean = {layer: adapter.weight(layer).detach().clone() for layer in self.layers}
         self.scored = Scored()
 
@@ -177,8 +177,8 @@ class Editor(BaseModelModule):
 
         if not self.reuse_clean or told is None or self.processes.count > 1:  # which have to make it together
             return made()
-        model = how_run(self.model) | how_read(self.model)
-        return kept(cache_dir() / "clean" / self.fingerprint, {**told, "model": model}, made, types)
+        self._model_told = self._model_told or digest(how_run(self.model) | how_read(self.model))
+        return kept(cache_dir() / "clean" / self.fingerprint, {**told, "model": self._model_told}, made, types)
 
     @torch.no_grad()
     def restore(self) -> None:
