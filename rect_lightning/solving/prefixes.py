@@ -27,6 +27,7 @@ class Prefixes:
     """Seed of the sampling."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", tuple(self.lengths))
         if self.count < 0 or min(self.lengths, default=1) < 1:
             raise ValueError(f"prefixes need count >= 0 and lengths >= 1; got {self.count} and {self.lengths}.")
         if self.templates is not None:

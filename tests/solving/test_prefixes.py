@@ -131,5 +131,5 @@ def test_wrong_numbers(options):
 def test_sampling_beside_given_templates_is_refused(options, named):
     with pytest.raises(ValueError, match=f"{named}.*templates null"):
         Prefixes(templates=["{}"], **options)
-    assert Prefixes(templates=["{}"], count=5, lengths=(10,), seed=0).templates == ["{}"]
+    assert Prefixes(templates=["{}"], count=5, lengths=[10], seed=0).templates == ["{}"]
     Prefixes(**options)
