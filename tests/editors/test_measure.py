@@ -202,6 +202,13 @@ def test_prose_is_a_file_or_the_one_of_the_package(tmp_path, prose):
         prose_path(str(tmp_path / "missing.txt"))
 
 
+def test_each_operation_of_single_mode_is_asked_about_anew(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("rect_lightning.editors.scored.evaluate", lambda *a, **k: asked.append(1) or evaluate(*a, **k))
+    fit(memit(tmp_path, mode="single"), facts(tmp_path, batch_size=2), max_epochs=2)
+    assert len(asked) == 2 + 2 * 2, "the clean model once about each batch, each edited one by itself"
+
+
 def test_each_model_is_asked_once_about_each_request(tmp_path, prose, monkeypatch):
     monkeypatch.chdir(tmp_path)  # without a logger the table of side effects goes to the current folder
     asked = []

@@ -119,3 +119,14 @@ def test_a_model_that_answers_differently_for_its_configuration(tmp_path, made):
         model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": rope}
         fit(memit(tmp_path, model=model, reuse_clean=True), facts(tmp_path, batch_size=4))
         assert made.count("requests") == times
+
+
+def test_nothing_is_told_of_a_rule_that_may_change_without_this_package(tmp_path):
+    class Own(Perplexity):
+        """A rule of the user's."""
+
+    task, text = tasks(tmp_path)
+    task.prepare(2)
+    assert task.told(2)["data"] == [{"q": "I think so", "a": "it"}, {"q": "You", "a": "it"}]
+    assert text.told(None)["data"] == PROSE[:600]
+    assert Own(path=text.path).told(None) is None
