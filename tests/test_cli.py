@@ -388,7 +388,7 @@ def test_what_the_last_validation_did_not_see_is_saved_and_measured_all_the_same
 
 def test_a_run_that_was_stopped_while_measuring_goes_on(here, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("rect_lightning.editors.measure.evaluate", lambda *_, **__: 1 / 0)
+        patch.setattr("rect_lightning.editors.scored.Scored.now", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(["fit", "--config", "tiny.yaml"])
     main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last"])

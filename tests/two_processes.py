@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from rect_lightning.callbacks import RECT, SideEffects
 from rect_lightning.editors import locate_then_edit, measure
 from rect_lightning.editors.base import Editor
+from rect_lightning.editors.scored import Scored
 from rect_lightning.processes import Processes
 from rect_lightning.solving import corpus, moment_files, moments
 from rect_lightning.solving.corpus import Moments
@@ -195,7 +196,7 @@ def local_failures(folder, processes):
     sampled = Moments(tokens=410, context=16)
     cases = {
         "continuations": (0, Editor, "continuations", measured),
-        "metrics": (1, measure, "evaluate", measured),
+        "metrics": (1, Scored, "now", measured),
         "prose": (1, measure, "prose_path", perplexity),
         "perplexity": (0, sys.modules["rect_lightning.metrics.perplexity"], "hidden_states", perplexity),
         "source": (1, corpus, "identity", lambda: second(text(folder))),

@@ -279,7 +279,7 @@ def test_the_comparison_of_editors():
         options = cell.config["model"]["init_args"]
         assert cell.config["model"]["class_path"] == own["class_path"]
         assert {key for key in options if options[key] != own["init_args"].get(key)} <= (
-            {"mode", "wild"} | ({"moments", "key"} if editor == "R-ROME" else set())
+            {"mode", "reuse_clean", "wild"} | ({"moments", "key"} if editor == "R-ROME" else set())
         )
         assert (options["mode"], data["limit"]) == (
             ("single", 100) if requests == "1" else ("sequential", int(requests))
