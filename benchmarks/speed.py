@@ -36,7 +36,7 @@ from rect_lightning.solving.keys import subject_states
 from rect_lightning.solving.moments import SecondMoment, second_moments, stacked
 from rect_lightning.solving.prefixes import Prefixes
 from rect_lightning.solving.relative_change import largest, relative_change
-from rect_lightning.solving.search_batches import SearchRows, padding_share
+from rect_lightning.solving.search_batches import SearchRows, budget_of, padding_share
 from rect_lightning.solving.solvers import Factored, least_squares
 from rect_lightning.solving.texts import key_rows, search_rows
 from rect_lightning.solving.values import TargetValues, ValueSearch, search_values
@@ -336,7 +336,7 @@ def _grown(
     memory = peak_memory(search)
     keys, _, solve = keys_and_solve(adapter, layer, requests, machine)
     others = [keys, solve, measuring(adapter, requests[:MEASURED], machine)]
-    return seconds, memory, padding_share(rows, ValueSearch().together, tail), others
+    return seconds, memory, padding_share(rows, ValueSearch().together, budget_of(adapter.device)), others
 
 
 def widths(adapter: Adapter, machine: Machine, chosen: list[int]) -> list[str]:

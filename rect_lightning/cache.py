@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 _MANIFEST = "complete.json"
+_log = logging.getLogger("rect_lightning")
 
 
 def cache_dir() -> Path:
@@ -41,11 +43,17 @@ def cached_folder(path: Path, build: Callable[[Path], None]) -> Path:
     if _is_complete(path):  # without the lock, so that a cache that cannot be written to can still be read
         return path
 
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with FileLock(path.with_name(path.name + ".lock")):
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        _log.info("Waiting for %s, which another process is making.", path)
+        held = lock.acquire()
+    with held:
         if _is_complete(path):
             return path
         try:

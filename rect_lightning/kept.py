@@ -46,7 +46,10 @@ def kept(
     made: list[T] = []
 
     def build(new: Path) -> None:
-        made.append(make())
+        try:
+            made.append(make())
+        except OSError as error:  # which is not one of the cache
+            raise _NotMade from error
         content = BytesIO()  # of a full disk torch's own writer would say nothing that can be told from other errors
         torch.save(made[0], content)
         (new / _NAME).write_bytes(content.getbuffer())
@@ -55,6 +58,8 @@ def kept(
         path = (
             cached_folder(folder / digest({**told, "versions": versions(), "source": source_digest()}), build) / _NAME
         )
+    except _NotMade as error:
+        raise error.__cause__ or error from None
     except OSError as error:
         if not made:
             raise
@@ -65,16 +70,21 @@ def kept(
     return result
 
 
+class _NotMade(Exception):
+    """What was to be kept could not be made, for the reason that caused this."""
+
+
 def digest(told: Mapping[str, Any]) -> str:
     """The SHA-256 of what JSON makes of this, in any order, as 32 hex digits."""
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def how_run(adapter: Adapter) -> dict[str, Any]:
-    """What the numbers of a model depend on besides its weights: its configuration, and where and how products are taken."""
+    """What the numbers of a model depend on besides its weights, such as its configuration and how products are taken."""
     config = adapter.model.config.to_dict()
     return {
         "config": {name: value for name, value in config.items() if name != "_name_or_path"},
+        "ends": getattr(adapter.model.generation_config, "eos_token_id", None),
         "precision": torch.get_float32_matmul_precision(),
         "device": adapter.device.type,
     }

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import platform
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ from typing import Any
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
-    packages = ("rect_lightning", "torch", "lightning", "transformers", "tokenizers")
+    packages = ("rect_lightning", "torch", "lightning", "transformers", "tokenizers", "torchmetrics", "seqeval")
     return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
 
 
+@cache
 def source_digest() -> str:
-    """The SHA-256 of this package's code, as 64 hex digits."""
+    """The SHA-256 of this package's code, as 64 hex digits: as it was when this process first asked.
+
+    What changes on disk later is not what runs here, so ask early.
+    """
     root, digest = Path(__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

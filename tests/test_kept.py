@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from rect_lightning import kept as module
+from rect_lightning import provenance
 from rect_lightning.kept import digest, how_read, how_run, kept
 from rect_lightning.metrics import SCORES, Wild, evaluate
+from rect_lightning.provenance import source_digest
 from tests.editors.test_base import requests
 
 
@@ -79,6 +81,11 @@ def test_what_tells_models_apart(tiny):
     assert (told, read) == (digest(how_run(tiny)), digest(how_read(tiny)))
     tiny.tokenizer = copy.deepcopy(tiny.tokenizer)
     tiny.tokenizer.add_tokens(["unheard"])
+    ends = tiny.model.generation_config.eos_token_id
+    tiny.model.generation_config.eos_token_id = [7]
+    assert digest(how_run(tiny)) != told
+    tiny.model.generation_config.eos_token_id = ends
+    assert digest(how_run(tiny)) == told
     tiny.model.config.initializer_range = 0.5
     assert digest(how_run(tiny)) != told
     assert digest(how_read(tiny)) != read
@@ -103,5 +110,20 @@ def test_an_error_while_it_is_made_is_its_own(tmp_path):
     def unreadable():
         raise FileNotFoundError("no such text")
 
-    with pytest.raises(FileNotFoundError, match="no such text"):
+    with pytest.raises(FileNotFoundError, match="no such text") as caught:
         kept(tmp_path, {}, unreadable)
+    assert not getattr(caught.value, "__notes__", [])  # no advice on the cache
+
+
+def test_code_that_changes_on_disk_is_not_what_runs(tmp_path, monkeypatch):
+    first = source_digest()
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "new.py").write_text("changed = True")
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    assert source_digest() == first
+    source_digest.cache_clear()
+    try:
+        assert source_digest() != first
+    finally:
+        source_digest.cache_clear()

@@ -86,7 +86,10 @@ class WeightChange:
 def relative(change: Change) -> Tensor:
     """The relative change ``|ΔW / W|`` of a weight's entries, see `rect_lightning.solving.relative_change`."""
     # scaled after the division, which needs no further copy of the matrix
-    return relative_change(change.update, change.before).mul_(abs(change.scale))
+    delta = relative_change(change.update, change.before)
+    return (
+        delta.mul_(abs(change.scale)) if change.scale else delta.zero_()
+    )  # no change even of a zero weight: not inf · 0
 
 
 def replace(change: Change, update: Tensor, left: Tensor) -> dict[str, float]:

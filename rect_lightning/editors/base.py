@@ -143,7 +143,7 @@ class Editor(BaseModelModule):
         self.adapter = adapter
         self.network = network
         self.operations, self.done, self.memory, self.unfinished = 0, [], {}, None
-        self.fingerprint, self._model_told = weights_fingerprint(network), ""
+        self.fingerprint, self._read_told = weights_fingerprint(network), ""
         self.clean = {layer: adapter.weight(layer).detach().clone() for layer in self.layers}
         self.scored = Scored()
 
@@ -177,8 +177,9 @@ class Editor(BaseModelModule):
 
         if not self.reuse_clean or told is None or self.processes.count > 1:  # which have to make it together
             return made()
-        self._model_told = self._model_told or digest(how_run(self.model) | how_read(self.model))
-        return kept(cache_dir() / "clean" / self.fingerprint, {**told, "model": self._model_told}, made, types)
+        self._read_told = self._read_told or digest(how_read(self.model))
+        told = {**told, "run": how_run(self.model), "read": self._read_told}
+        return kept(cache_dir() / "clean" / self.fingerprint, told, made, types)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -35,7 +35,6 @@ def pad(
     device: torch.device,
     *,
     anchors: Sequence[int] | None = None,
-    column: int | None = None,
 ) -> Batch:
     """Stack rows so that their anchors share a column; without anchors all rows start in the first column.
 
@@ -43,10 +42,9 @@ def pad(
         rows: Token ids.
         device: Where to put them.
         anchors: For each row the index of one of its tokens.
-        column: The anchors' column, at least the largest of them; None for that.
     """
     anchors = [0] * len(rows) if anchors is None else anchors
-    column = max(anchors) if column is None else column
+    column = max(anchors)
     starts = torch.tensor([column - anchor for anchor in anchors])
     ends = starts + torch.tensor([len(row) for row in rows])
     columns = torch.arange(int(ends.max()))
@@ -81,30 +79,23 @@ def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def by_time(
-    lengths: Sequence[int], budget: int, *, overhead: int, sizes: Sequence[int] | None = None
-) -> list[list[int]]:
+def by_time(lengths: Sequence[int], budget: int, *, overhead: int, most: int | None = None) -> list[list[int]]:
     """Indices grouped into the batches that take the least time together, longest first, each within the budget.
 
     A batch's time is that of its padded tokens and of ``overhead`` more, which stand for reading the weights. So many
-    rows fall into batches of like length with little padding, and a few rows into one. The number of rows in each but
-    the last is one of ``sizes``, ascending, unless the budget is less than the first, and none has more than the last of
-    them; any number without ``sizes``.
+    rows fall into batches of like length with little padding, and a few rows into one. None has more rows than ``most``.
 
     Raises:
         ValueError: The budget is not positive.
     """
     _check(budget)
     order = _longest_first(lengths)
-    allowed = sizes or range(1, len(order) + 1)
     time = [0.0] + [float("inf")] * len(order)  # of the first rows, cut in the best way
     cut = [0] * (len(order) + 1)  # where the last batch of that way begins
     for start, index in enumerate(order):
         longest = max(1, lengths[index])
-        left = len(order) - start
-        fit = max(1, min(budget // longest, allowed[-1]))
-        here = [size for size in allowed if size <= fit] or [fit]
-        for end in (start + size for size in (*here, left) if size <= min(fit, left)):
+        fit = max(1, min(budget // longest, len(order) - start, most or len(order)))
+        for end in range(start + 1, start + fit + 1):
             candidate = time[start] + overhead + (end - start) * longest
             if candidate < time[end]:
                 time[end], cut[end] = candidate, start

@@ -224,7 +224,8 @@ class Tail:
 
 
 def _one_token(adapter: Adapter) -> None:
-    adapter.backbone(input_ids=torch.zeros(1, 1, dtype=torch.long, device=adapter.device), use_cache=False)
+    one = torch.ones(1, 1, dtype=torch.long, device=adapter.device)
+    adapter.backbone(input_ids=one, attention_mask=one, use_cache=False)
 
 
 def _frozen(part: nn.Module, dtype: torch.dtype, *, packed: bool, together: Sequence[Sequence[str]]) -> nn.Module:

@@ -8,12 +8,16 @@ tensor, as those of queries, keys and values do, become one product.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+_LEAST = 16
+"""Products have a multiple of so many rows."""
 _LARGEST = 2**31
 """Bytes of weights up to which they are packed: the copies, one for each direction, take twice that."""
 
@@ -34,16 +38,18 @@ def can_pack(parts: Sequence[nn.Module], dtype: torch.dtype) -> bool:
 
 def same_input(modules: Sequence[nn.Module], run: Callable[[], object]) -> list[list[list[str]]]:
     """For each module the names of its linear layers, in groups that read one and the same tensor when ``run`` runs them."""
-    read: dict[tuple[int, int], tuple[Tensor, list[str]]] = {}  # with the tensors, so that no other gets the id of one
+    # by module, tensor and its version, which tells what is changed in place; with the tensors, so that no other gets the id
+    read: dict[tuple[int, int, int], tuple[Tensor, list[str]]] = {}
+
+    def note(number: int, name: str, args: tuple[Any, ...]) -> None:
+        for x in args[:1]:  # none where the input is given by name
+            read.setdefault((number, id(x), x._version), (x, []))[1].append(name)
+
     handles = [
-        layer.register_forward_pre_hook(
-            lambda _, args, name=name, number=number: read.setdefault((number, id(args[0])), (args[0], []))[1].append(
-                name
-            )
-        )
+        layer.register_forward_pre_hook(lambda _, args, name=name, number=number: note(number, name, args))
         for number, module in enumerate(modules)
         for name, layer in module.named_modules()
-        if name and _is_linear(layer)
+        if name and _can_be_packed(layer)
     ]
     try:
         with torch.no_grad():
@@ -51,10 +57,12 @@ def same_input(modules: Sequence[nn.Module], run: Callable[[], object]) -> list[
     finally:
         for handle in handles:
             handle.remove()
+    times = Counter((number, name) for (number, *_), (_, names) in read.items() for name in names)
     groups: list[list[list[str]]] = [[] for _ in modules]
-    for (number, _), (_, names) in read.items():
-        if len(names) > 1 and len(set(names)) == len(names):
-            groups[number].append(names)
+    for (number, *_), (_, names) in read.items():
+        once = [name for name in names if times[number, name] == 1]
+        if len(once) > 1:
+            groups[number].append(once)
     return groups
 
 
@@ -69,17 +77,19 @@ def pack(module: nn.Module, together: Sequence[Sequence[str]] = ()) -> nn.Module
         shared = _Shared([_weight_and_bias(module.get_submodule(name)) for name in names])
         for number, name in enumerate(names):
             module.set_submodule(name, _Part(shared, number))
-    if _is_linear(module):
+    if _can_be_packed(module):
         return PackedLinear(*_weight_and_bias(module))
     for name, child in module.named_children():
         setattr(module, name, pack(child))
     return module
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _can_be_packed(module: nn.Module) -> bool:
+    """Whether it is a linear layer and does nothing else."""
     from transformers.pytorch_utils import Conv1D
 
-    return type(module) in (nn.Linear, Conv1D)
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) in (nn.Linear, Conv1D) and not hooked
 
 
 def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
@@ -116,13 +126,13 @@ class _Shared:
         bias = torch.cat(biases) if any(bias is not None for _, bias in layers) else None
         self.product = PackedLinear(torch.cat([weight.detach() for weight, _ in layers]), bias)
         self.sizes = [len(weight) for weight, _ in layers]
-        self.x: Tensor | None = None
+        self.x: tuple[Tensor, int] | None = None  # and its version
         self.parts: dict[int, Tensor] = {}
 
     def part(self, number: int, x: Tensor) -> Tensor:
         """``[..., in]`` to what the layer of this number makes of it, ``[..., out]``."""
-        if x is not self.x or number not in self.parts:
-            self.x, self.parts = x, dict(enumerate(self.product(x).split(self.sizes, dim=-1)))
+        if self.x is None or x is not self.x[0] or x._version != self.x[1] or number not in self.parts:
+            self.x, self.parts = (x, x._version), dict(enumerate(self.product(x).split(self.sizes, dim=-1)))
         part = self.parts.pop(number)
         if not self.parts:
             self.x = None
@@ -151,5 +161,17 @@ class _Product(torch.autograd.Function):
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     ops: Any = torch.ops.mkldnn
-    product: Tensor = ops._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
-    return product
+    rows = x.reshape(-1, x.shape[-1])
+    count = len(rows)
+    rows = F.pad(rows, (0, 0, 0, recurring(count) - count)).contiguous()
+    product: Tensor = ops._linear_pointwise(rows, weight, bias, "none", [], "")
+    return product[:count].view(*x.shape[:-1], product.shape[-1])
+
+
+def recurring(rows: int) -> int:
+    """The next of the few numbers of rows that products have: not less, and an eighth more at most where there are many.
+
+    For each new shape of a product oneDNN generates code, about a megabyte, and keeps it.
+    """
+    step = max(_LEAST, 1 << max(0, (rows - 1).bit_length() - 4))
+    return -(-rows // step) * step

@@ -39,15 +39,18 @@ def relative_change(update: Tensor, weight: Tensor) -> Tensor:
 def largest(delta: Tensor, keep: float) -> Tensor:
     """A mask of the ``round(keep · N)`` largest entries; among equal ones those that come first in memory order.
 
-    Exact at any size, with working memory of about one byte an entry besides the mask. (Counting is by ``count_nonzero``:
-    ``sum`` of a bool tensor makes a copy of eight bytes an entry first.)
+    Exact at any size, with working memory of about two bytes an entry besides the mask, however many entries are equal.
+    (Counting is by ``count_nonzero``: ``sum`` of a bool tensor makes a copy of eight bytes an entry first.)
 
     Args:
-        delta: Any shape, non-negative, without nan.
+        delta: Any shape, non-negative.
         keep: The share to keep, from 0 to 1.
 
     Returns:
         A bool tensor in the shape of ``delta``.
+
+    Raises:
+        ValueError: Entries are nan, and no threshold can be found.
     """
     return largest_of_all(lambda _: delta, [delta.numel()], keep)[0].view(delta.shape)
 
@@ -62,36 +65,79 @@ def largest_of_all(delta: Callable[[int], Tensor], sizes: Sequence[int], keep: f
 
     Returns:
         Flat bool tensors, on the tensors' own devices.
+
+    Raises:
+        ValueError: As `largest`.
     """
 
     def flat(i: int) -> Tensor:
         return delta(i).reshape(-1)
 
+    every = range(len(sizes))
     count = round(keep * sum(sizes))
     if count == 0:
-        return [torch.zeros_like(flat(i), dtype=torch.bool) for i in range(len(sizes))]
+        return [torch.zeros_like(flat(i), dtype=torch.bool) for i in every]
     for low, high in _brackets(flat, sizes, count):
-        masks, places, between = [], [], []
-        for i in range(len(sizes)):
+        masks, between = [], []
+        for i in every:
             entries = flat(i)
             masks.append(_compare(torch.gt, entries, high))
             # without those above; a comparison of bytes takes half the time of one of floats
-            places.append(_compare(torch.ge, entries, low).logical_xor_(masks[i]).nonzero()[:, 0])
-            between.append(entries[places[i]])
-        wanted = count - sum(int(mask.count_nonzero()) for mask in masks)
-        if 0 < wanted <= sum(part.numel() for part in between):
+            between.append(_compare(torch.ge, entries, low).logical_xor_(masks[i]))
+        wanted, found = count - _count(masks), _count(between)
+        if 0 < wanted <= found:
             break
-    every = _join(between)
-    threshold = every.kthvalue(every.numel() - wanted + 1).values
-    surplus = int((every >= threshold).count_nonzero()) - wanted
-    for i in reversed(range(len(sizes))):
-        kept = _compare(torch.ge, between[i], threshold)
+    else:
+        raise ValueError(f"{sum(int(flat(i).isnan().count_nonzero()) for i in every)} of {sum(sizes)} entries are nan.")
+    if found <= max(_SMALL, sum(sizes) // 16):
+        _add_largest(masks, between, flat, wanted)
+        return masks
+    # many entries equal one end of the bracket, and the indices of as many would take more memory than the matrix
+    for end in (high, None, low):
+        if end is None:
+            part = [_compare(torch.lt, flat(i), high) & _compare(torch.gt, flat(i), low) for i in every]
+        else:
+            part = [_compare(torch.eq, flat(i), end) for i in every]
+        here = min(_count(part), wanted)
+        if end is None and here == wanted:
+            _add_largest(masks, part, flat, wanted)
+        else:
+            _add_first(masks, part, here)
+        wanted -= here
+        if not wanted:
+            break
+    return masks
+
+
+def _count(masks: Iterable[Tensor]) -> int:
+    return sum(int(mask.count_nonzero()) for mask in masks)
+
+
+def _add_first(masks: Sequence[Tensor], part: Sequence[Tensor], count: int) -> None:
+    """Add to the masks those entries of a part that come first, so many."""
+    for mask, chosen in zip(masks, part, strict=True):
+        for into, piece in zip(mask.split(_SMALL), chosen.split(_SMALL), strict=True):
+            here = int(piece.count_nonzero())
+            if here > count:
+                piece[piece.nonzero()[count:, 0]] = False
+            into |= piece
+            count -= min(here, count)
+
+
+def _add_largest(masks: Sequence[Tensor], part: Sequence[Tensor], flat: Callable[[int], Tensor], count: int) -> None:
+    """Add to the masks the largest entries of a part, so many, by their indices."""
+    places = [chosen.nonzero()[:, 0] for chosen in part]
+    values = [flat(i)[index] for i, index in enumerate(places)]
+    every = _join(values)
+    threshold = every.kthvalue(every.numel() - count + 1).values
+    surplus = int((every >= threshold).count_nonzero()) - count
+    for i in reversed(range(len(masks))):
+        kept = _compare(torch.ge, values[i], threshold)
         if surplus:  # of the entries at the threshold, drop those that come last
-            last = _compare(torch.eq, between[i], threshold).nonzero()[-surplus:, 0]
+            last = _compare(torch.eq, values[i], threshold).nonzero()[-surplus:, 0]
             kept[last] = False
             surplus -= last.numel()
         masks[i][places[i]] = kept
-    return masks
 
 
 def _brackets(flat: Callable[[int], Tensor], sizes: Sequence[int], k: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,7 +9,6 @@ import torch
 
 from rect_lightning.models.encoding import Row
 from rect_lightning.solving.batching import by_length, by_time, padded
-from rect_lightning.solving.blocks import Tail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,45 +28,18 @@ class SearchRows:
 
 _PREPARED = 8192
 """Padded tokens that are prepared in one pass; where prompts are short this is more than a search together has."""
-_ROWS = (4, 8, 12, 16, 24, 32, 48, 64, 96)
-"""How many rows a batch has in bf16 on a CPU."""
-_OVERHEADS = (40, 20, 10)
+_MOST = 96
+"""Rows in a batch at most: of more, which have few columns each, preparing would take more memory than a step."""
+_OVERHEADS = (40, 20, 10, 5)
 """What a batch is taken to cost besides its columns, in columns. Measured it is 40, in fp32 and in bf16 on a CPU; less makes
 more batches, which take a little longer, with less padding."""
 _PADDING = 0.2
 """Of the columns, padding is to be less than this where one of the overheads allows it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What batches are like, for the sake of memory and of what the device does best.
-
-    Attributes:
-        budget: Padded columns after the subject in one batch at most.
-        rows: How many rows a batch may have, ascending; the last of a chunk, and one for which the budget is short, may have
-            fewer. Of more, which have few columns each, preparing would take more memory than a step.
-        multiple: Of this are the number of columns before the subject's last token, and that of logits taken together.
-    """
-
-    budget: int
-    rows: Sequence[int]
-    multiple: int
-
-    @staticmethod
-    def of(tail: Tail, budget: int | None) -> Limits:
-        """Those for a tail, with a budget of the caller's or one of our own."""
-        if tail.adapter.device.type != "cpu":
-            budget = 1024 if budget is None else budget
-            return Limits(budget, range(1, budget + 1), 1)
-        budget = 384 if budget is None else budget
-        if tail.dtype != torch.bfloat16:
-            return Limits(budget, range(1, 97), 1)
-        # for each new shape of a product in bf16 oneDNN generates code, half a megabyte, and keeps it: let shapes recur
-        return Limits(budget, _ROWS, 8)
-
-    def rounded(self, rows: int) -> int:
-        """The least number of rows that a batch may have, and that is not less than these."""
-        return min((allowed for allowed in self.rows if allowed >= rows), default=rows)
+def budget_of(device: torch.device) -> int:
+    """Padded columns after the subject in one batch, for a device to be busy."""
+    return 384 if device.type == "cpu" else 1024
 
 
 def in_chunks(requests: Sequence[SearchRows], together: int) -> list[list[int]]:
@@ -79,12 +51,12 @@ def in_chunks(requests: Sequence[SearchRows], together: int) -> list[list[int]]:
     return [order[i : i + together] for i in range(0, len(order), together)]
 
 
-def in_batches(rows: Sequence[Row], limits: Limits) -> Iterator[list[int]]:
+def in_batches(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
     """Rows that are run together: alike in the columns of every step, and not too long to be prepared at once."""
     for together in by_length([row.subject + columns_of(row) for row in rows], _PREPARED):
         columns = [columns_of(rows[i]) for i in together]
         for overhead in _OVERHEADS:
-            batches = by_time(columns, limits.budget, overhead=overhead, sizes=limits.rows)
+            batches = by_time(columns, budget, overhead=overhead, most=_MOST)
             if sum(columns) > (1 - _PADDING) * padded(columns, batches):
                 break
         yield from ([together[i] for i in indices] for indices in batches)
@@ -95,12 +67,12 @@ def columns_of(row: Row) -> int:
     return len(row.ids) - 1 - row.subject if row.target_ids else 1
 
 
-def padding_share(requests: Sequence[SearchRows], together: int, tail: Tail) -> float:
+def padding_share(requests: Sequence[SearchRows], together: int, budget: int) -> float:
     """The share of the columns computed in a step of a search that are padding."""
     real = computed = 0
     for chosen in in_chunks(requests, together):
         rows = [row for i in chosen for row in (*requests[i].targets, requests[i].essence)]
         columns = [columns_of(row) for row in rows]
         real += sum(columns)
-        computed += padded(columns, list(in_batches(rows, Limits.of(tail, None))))
+        computed += padded(columns, list(in_batches(rows, budget)))
     return 1 - real / computed

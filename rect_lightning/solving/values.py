@@ -24,7 +24,7 @@ from rect_lightning.models.encoding import Row
 from rect_lightning.progress import track
 from rect_lightning.solving.batching import pad
 from rect_lightning.solving.blocks import Call, Tail, Trace, plain_attention, run_to, select_rows
-from rect_lightning.solving.search_batches import Limits, SearchRows, columns_of, in_batches, in_chunks
+from rect_lightning.solving.search_batches import SearchRows, budget_of, columns_of, in_batches, in_chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +111,11 @@ class _Bucket:
     essence: Tensor
     reference: Tensor
 
-    def of(self, active: Tensor, limits: Limits) -> _Bucket | None:
-        """The rows of the requests that are still active, and a few others for the shape; nothing if none is active."""
+    def of(self, active: Tensor) -> _Bucket | None:
+        """The rows of the requests that are still active; nothing if none is."""
         keep = active[self.owner]
         if not keep.any():
             return None
-        done, count = (~keep).nonzero()[:, 0], int(keep.sum())
-        keep[done[: limits.rounded(count) - count]] = True  # whose loss nobody reads any more
         if keep.all():
             return self
         rows = keep.nonzero()[:, 0]
@@ -158,18 +156,18 @@ def search_values(
         relative_to: Whether ``h₀``, which clamp and weight decay are relative to, is the block's output (``"stream"``, as
             MEMIT has it) or the down projection's (``"value"``, as ROME has it).
         budget: Padded tokens after the subject in one batch; bounds the memory of the backward pass. None for 384 on a CPU,
-            where more is not faster and a batch has 96 rows at most, else 1,024.
+            where more is not faster, else 1,024.
         show_progress: Whether to show a bar.
 
     Raises:
         ValueError: A loss is not finite.
     """
-    limits = Limits.of(tail, budget)
+    budget = budget_of(adapter.device) if budget is None else budget
     chunks = in_chunks(requests, search.together)
     bar = track(range(len(chunks) * search.steps), "target values", show=show_progress, unit="step")
     with plain_attention(adapter), torch.autocast(adapter.device.type, enabled=False), bar:
         found = [
-            _search_chunk(adapter, tail, [requests[i] for i in chosen], search, relative_to, limits, bar.update)
+            _search_chunk(adapter, tail, [requests[i] for i in chosen], search, relative_to, budget, bar.update)
             for chosen in chunks
         ]
     return TargetValues.cat(found).take(torch.tensor([i for chosen in chunks for i in chosen]).argsort())
@@ -181,11 +179,11 @@ def _search_chunk(
     requests: Sequence[SearchRows],
     search: ValueSearch,
     relative_to: str,
-    limits: Limits,
+    budget: int,
     advance: Callable[[int], object],
 ) -> TargetValues:
     buckets: list[_Bucket | None]
-    buckets, value, stream = _prepare(adapter, tail, requests, search, limits)
+    buckets, value, stream = _prepare(adapter, tail, requests, search, budget)
     origin = value if relative_to == "value" else stream
     scale = origin.norm(dim=-1)
     offset = torch.zeros_like(value)
@@ -194,7 +192,7 @@ def _search_chunk(
     active = torch.ones(len(requests), dtype=torch.bool, device=offset.device)
     for step in range(search.steps):
         last = step == search.steps - 1
-        loss, gradient = _loss_and_gradient(adapter, tail, buckets, offset, limits, differentiate=not last)
+        loss, gradient = _loss_and_gradient(adapter, tail, buckets, offset, differentiate=not last)
         norm = offset.norm(dim=-1)
         decay = search.weight_decay / scale**2
         loss = loss + decay * norm
@@ -208,7 +206,7 @@ def _search_chunk(
         if last or not active.any():
             break
         for i, bucket in enumerate(buckets):  # in place, so that a bucket's caches go as soon as it has shrunk
-            buckets[i] = bucket and bucket.of(active, limits)
+            buckets[i] = bucket and bucket.of(active)
         moved = _adam(offset, gradient, first_moment, second_moment, step + 1, search.lr)
         limit = search.clamp * scale
         moved = moved * (limit / moved.norm(dim=-1).clamp(min=limit))[:, None]
@@ -220,7 +218,7 @@ def _search_chunk(
 
 @torch.no_grad()
 def _prepare(
-    adapter: Adapter, tail: Tail, requests: Sequence[SearchRows], search: ValueSearch, limits: Limits
+    adapter: Adapter, tail: Tail, requests: Sequence[SearchRows], search: ValueSearch, budget: int
 ) -> tuple[list[_Bucket | None], Tensor, Tensor]:
     """Run everything that the offset cannot change: the buckets, and value and stream of the bare prompts."""
     rows = [(i, row) for i, request in enumerate(requests) for row in request.targets]
@@ -228,13 +226,13 @@ def _prepare(
         rows += [(i, request.essence) for i, request in enumerate(requests)]
     value = stream = torch.empty(0)
     buckets: list[_Bucket | None] = []
-    for indices in in_batches([row for _, row in rows], limits):
+    for indices in in_batches([row for _, row in rows], budget):
         members = [rows[i] for i in indices]
         anchors = [row.subject for _, row in members]
-        column = -(-max(anchors) // limits.multiple) * limits.multiple
+        column = max(anchors)
         ids = [row.ids[: row.subject + columns_of(row)] for _, row in members]
-        trace = run_to(adapter, pad(ids, adapter.device, anchors=anchors, column=column), tail.layer)
-        bucket = _bucket(tail, trace, column, members, requests, search, limits.multiple)
+        trace = run_to(adapter, pad(ids, adapter.device, anchors=anchors), tail.layer)
+        bucket = _bucket(tail, trace, column, members, requests, search)
         buckets.append(bucket)
         if not value.numel():
             value = bucket.value.new_zeros(len(requests), bucket.value.shape[-1])
@@ -252,7 +250,6 @@ def _bucket(
     members: Sequence[tuple[int, Row]],
     requests: Sequence[SearchRows],
     search: ValueSearch,
-    multiple: int,
 ) -> _Bucket:
     device = trace.hidden.device
     calls, states = tail.suffix_calls(trace, column)
@@ -273,7 +270,7 @@ def _bucket(
         token += row.target_ids
         share += [1 / len(places)] * len(places)
     held = torch.tensor(essence, device=device, dtype=torch.long)
-    reference = _logits(tail, states[held, column], multiple).log_softmax(-1) if essence else hidden.new_empty(0, 1)
+    reference = tail.logits(states[held, column]).log_softmax(-1) if essence else hidden.new_empty(0, 1)
     return _Bucket(
         owner=torch.tensor([i for i, _ in members], device=device),
         weight=torch.tensor(weight, device=device),
@@ -293,7 +290,6 @@ def _loss_and_gradient(
     tail: Tail,
     buckets: Sequence[_Bucket | None],
     offset: Tensor,
-    limits: Limits,
     *,
     differentiate: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -309,7 +305,7 @@ def _loss_and_gradient(
             states = tail.run(hidden, bucket.calls)
             read = torch.cat([states[bucket.where[:, 0], bucket.where[:, 1]], states[bucket.essence, 0]])
         row = torch.cat([bucket.where[:, 0], bucket.essence])
-        terms, slopes = _read_out(tail, read, bucket, bucket.weight[row], limits.multiple, differentiate=differentiate)
+        terms, slopes = _read_out(tail, read, bucket, bucket.weight[row], differentiate=differentiate)
         if differentiate:  # not backward(), which would leave gradients on weights that are trained elsewhere
             gradient += torch.autograd.grad(read, leaf, slopes)[0]
         loss.index_add_(0, bucket.owner[row], terms)
@@ -317,7 +313,7 @@ def _loss_and_gradient(
 
 
 def _read_out(
-    tail: Tail, states: Tensor, bucket: _Bucket, weight: Tensor, multiple: int, *, differentiate: bool
+    tail: Tail, states: Tensor, bucket: _Bucket, weight: Tensor, *, differentiate: bool
 ) -> tuple[Tensor, Tensor]:
     """The term in the loss of each state that a bucket reads, ``[states]``, and its gradient, ``[states, width]``.
 
@@ -329,7 +325,7 @@ def _read_out(
         part = states[start : start + _LOGITS].detach().requires_grad_(differentiate)
         of_targets, of_essences = slice(start, start + _LOGITS), slice(max(0, start - targets), None)
         with torch.set_grad_enabled(differentiate):
-            logits = _logits(tail, part, multiple)
+            logits = tail.logits(part)
             wanted = bucket.token[of_targets]
             nll = F.cross_entropy(logits[: len(wanted)], wanted, reduction="none") * bucket.share[of_targets]
             now = logits[len(wanted) :].log_softmax(-1)
@@ -339,11 +335,6 @@ def _read_out(
             slopes.append(torch.autograd.grad(term.sum(), part)[0])
         terms.append(term.detach())
     return torch.cat(terms), torch.cat(slopes) if differentiate else torch.zeros_like(states)
-
-
-def _logits(tail: Tail, states: Tensor, multiple: int) -> Tensor:
-    """The logits of states, ``[states, vocabulary]``, taken with a few of zeros if their number is no multiple."""
-    return tail.logits(F.pad(states, (0, 0, 0, -len(states) % multiple)))[: len(states)]
 
 
 def _adam(offset: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: int, lr: float) -> Tensor:

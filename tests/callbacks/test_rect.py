@@ -53,6 +53,26 @@ def test_plain_sgd_s_gradient_is_masked_against_the_current_weight():
         assert logged[f"rect/{name}/threshold"] == pytest.approx(smallest, rel=1e-5)
 
 
+@pytest.mark.parametrize("per", ["tensor", "all"])
+def test_a_warm_up_from_zero_with_zero_weights(per):
+    """A step of learning rate 0 changes nothing, not even by 0 times infinity."""
+
+    def warming_up(module):
+        torch.nn.init.zeros_(module.layers[0].bias)
+        optimizer = sgd(module)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, step / 2))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    module = Model(warming_up)
+    rect = RECT(keep=0.4, per=per)
+    before = weights(module) | {"layers.0.bias": torch.zeros(8)}
+    fit(module, rect, steps=1)
+    assert_same(weights(module), before)
+    fit(module, rect, steps=3)
+    moved = changed(before, weights(module))
+    assert 0 < sum(moved.values()) < sum(weight.numel() for weight in before.values())
+
+
 OPTIMIZERS = {
     "AdamW": adamw,
     "fused": partial(adamw, fused=True),
@@ -175,13 +195,20 @@ print("rect_lightning.models" in sys.modules)
     assert done.stdout == "False\n", done.stderr
 
 
-def test_45_million_entries_take_less_than_two_copies_of_the_matrix():
+@pytest.mark.parametrize("values", ["distinct", "many zeros", "equal"])
+def test_45_million_entries_take_less_than_two_copies_of_the_matrix(values):
     """A LLaMA down projection, in a process of its own so that its peak memory is RECT's."""
-    code = """
+    change = {
+        "distinct": "pass",
+        "many zeros": "weight.grad.view(-1)[: 30_000_000] = 0",
+        "equal": "weight.data.fill_(2); weight.grad.fill_(1)",
+    }
+    code = f"""
 import resource, torch
 from rect_lightning.callbacks import RECT
 from rect_lightning.callbacks.changes import GradientChange
 weight = torch.nn.Parameter(torch.randn(4096, 11008)); weight.grad = torch.randn(4096, 11008)
+{change[values]}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with torch.no_grad():
     RECT(keep=0.4).regularise([GradientChange("weight", weight, weight.grad, -1.0)])
@@ -190,5 +217,5 @@ kept = int((weight.grad != 0).sum())
 print(kept, round(copies, 2))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert int(out[0]) == round(0.4 * 4096 * 11008)
+    assert int(out[0]) == (4096 * 11008 - 30_000_000 if values == "many zeros" else round(0.4 * 4096 * 11008))
     assert float(out[1]) < 2

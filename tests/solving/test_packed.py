@@ -27,7 +27,7 @@ def layers():
 
 @pytest.mark.parametrize("kind", ["bias", "no bias", "conv"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 24), (7, 24), (3, 5, 24)])
+@pytest.mark.parametrize("shape", [(1, 24), (7, 24), (3, 5, 24), (0, 24), (48, 24)])
 def test_the_same_products_forwards_and_backwards(kind, dtype, shape):
     layer, weight, bias = layers()[kind]
     layer = layer.to(dtype)
@@ -43,6 +43,16 @@ def test_the_same_products_forwards_and_backwards(kind, dtype, shape):
     up = torch.randn(found.shape).to(dtype)
     (gradient,) = torch.autograd.grad(found, x, up)
     torch.testing.assert_close(gradient.double(), up.double() @ weight, **precision)
+
+
+def test_products_have_few_shapes():
+    """Of each oneDNN keeps code. An eighth more rows at most where there are many, and never fewer."""
+    found = [packed.recurring(rows) for rows in range(1, 8193)]
+    assert all(rows <= more <= max(rows + packed._LEAST - 1, rows * 9 / 8) for rows, more in enumerate(found, start=1))
+    assert len({*found[:384]}) == 20
+    assert len({*found}) == 55
+    assert found[: packed._LEAST + 1] == [16] * 16 + [32]
+    assert packed.recurring(0) == 0
 
 
 def test_a_product_of_a_transposed_view():
@@ -115,6 +125,43 @@ def test_a_layer_that_reads_twice_shares_with_none():
     module = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
     x = torch.randn(2, 4)
     assert same_input([module], lambda: [module[i](x) for i in (0, 1, 0)]) == [[]]
+
+
+def test_a_layer_in_two_groups_shares_with_none():
+    a, b, c = (nn.Linear(4, 4) for _ in range(3))
+    module = nn.ModuleList([a, b, c])
+    x, y = torch.randn(2, 4), torch.randn(2, 4)
+    assert same_input([module], lambda: (a(x), b(x), a(y), c(y))) == [[]]
+
+
+def test_an_input_that_is_changed_between_two_layers_is_read_anew():
+    module = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    x = torch.randn(2, 4)
+    assert same_input([module], lambda: (module[0](x), x.mul_(2), module[1](x))) == [[]]
+    wanted = module[0](x), module[1](x * 2)
+    found = pack(module, [["0", "1"]])
+    with torch.no_grad():
+        got = found[0](x), found[1](x.mul_(2))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_an_input_given_by_name_is_no_ones_else():
+    module = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    x = torch.randn(2, 4)
+    assert same_input([module], lambda: [layer(input=x) for layer in module]) == [[]]
+
+
+@pytest.mark.parametrize("how", ["hook", "method"])
+def test_a_layer_that_does_more_than_its_product_is_left_alone(how):
+    layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    if how == "hook":
+        layers[0].register_forward_hook(lambda _m, _i, output: output * 5)
+    else:
+        layers[0].forward = lambda x: x * 5
+    x = torch.randn(2, 4)
+    assert same_input([layers], lambda: [layer(x) for layer in layers]) == [[]]
+    wanted = layers[0](x)
+    assert torch.equal(pack(layers)[0](x), wanted)
 
 
 GATED = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]]

@@ -66,6 +66,11 @@ def test_large_matrices_are_selected_exactly(shape, monkeypatch):
         assert torch.equal(rc.largest(delta, keep), expected), keep
 
 
+def test_what_is_no_number_is_told():
+    with pytest.raises(ValueError, match="1 of 5 entries are nan"):
+        rc.largest(torch.tensor([1.0, 2.0, 3.0, math.nan, 0.0]), 1.0)
+
+
 def test_more_than_2_to_the_24_entries():
     """Where ``torch.quantile`` gives up."""
     n = 2**24 + 12345
