@@ -28,6 +28,7 @@ BF16 = ["--trainer.precision", "bf16-mixed"]
 NONE = ["--trainer.callbacks", "null"]
 END = ["--model.step_per", "operation"]
 C512 = ["--model.moments.context", "512"]
+MORE = ["--model.search.steps", "25", "--model.moments_weight", "700"]
 SELF = ["--model.moments.source", "self", "--model.moments.context", "128", "--model.moments.tokens"]
 MEMIT = ["memit_smollm2.yaml", "--data.limit", "100", "--data.batch_size", "100"]
 ROME = ["rome_smollm2.yaml", "--data.limit", "100", *BF16]
@@ -39,6 +40,9 @@ VARIANTS = {
     "MEMIT, C from contexts of 512": [*MEMIT, *NONE, *C512],
     "MEMIT + RECT 40, layer by layer, C from contexts of 512": [*MEMIT, *C512],
     "MEMIT + RECT 40, at the end, C from contexts of 512": [*MEMIT, *END, *C512],
+    "MEMIT, 25 steps and λ = 700": [*MEMIT, *NONE, *BF16, *MORE],
+    "MEMIT + RECT 40, layer by layer, 25 steps and λ = 700": [*MEMIT, *BF16, *MORE],
+    "MEMIT + RECT 40, at the end, 25 steps and λ = 700": [*MEMIT, *END, *BF16, *MORE],
     "MEMIT, C from 10 k self-sampled tokens": [*MEMIT, *NONE, *BF16, *SELF, "10000"],
     "MEMIT, C from 20 k self-sampled tokens": [*MEMIT, *NONE, *BF16, *SELF, "20000"],
     "ROME": [*ROME, *NONE],
