@@ -25,6 +25,7 @@ from rect_lightning.metrics import Wild, check_requests
 from rect_lightning.models import Source, adapter_for
 from rect_lightning.models.fingerprint import weights_fingerprint
 from rect_lightning.processes import Processes
+from rect_lightning.provenance import source_digest
 from rect_lightning.solving.relative_change import change_statistics, relative_change
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Editor(BaseModelModule):
             raise ValueError(f"strength scales the update and must be positive; got {strength}.")
         if prose is not None:
             prose_path(prose)
+        source_digest()  # what is kept later is of the code as it is now, and not of what is on disk by then
         self.automatic_optimization = False
         self.mode, self.step_per, self.strength = mode, step_per, strength
         self.statistics = list(statistics)
