@@ -59,7 +59,8 @@ def kept(
             cached_folder(folder / digest({**told, "versions": versions(), "source": source_digest()}), build) / _NAME
         )
     except _NotMade as error:
-        raise error.__cause__ or error from None
+        reason = error.__cause__ or error
+        raise reason from reason.__cause__
     except OSError as error:
         if not made:
             raise
@@ -85,6 +86,7 @@ def how_run(adapter: Adapter) -> dict[str, Any]:
     return {
         "config": {name: value for name, value in config.items() if name != "_name_or_path"},
         "ends": getattr(adapter.model.generation_config, "eos_token_id", None),
+        "attention": getattr(adapter.model.config, "_attn_implementation", None),
         "precision": torch.get_float32_matmul_precision(),
         "device": adapter.device.type,
     }

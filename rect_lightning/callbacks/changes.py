@@ -85,11 +85,10 @@ class WeightChange:
 
 def relative(change: Change) -> Tensor:
     """The relative change ``|ΔW / W|`` of a weight's entries, see `rect_lightning.solving.relative_change`."""
-    # scaled after the division, which needs no further copy of the matrix
     delta = relative_change(change.update, change.before)
-    return (
-        delta.mul_(abs(change.scale)) if change.scale else delta.zero_()
-    )  # no change even of a zero weight: not inf · 0
+    if not change.scale:  # no change, not even of a zero weight: not inf times 0
+        return delta.zero_()
+    return delta.mul_(abs(change.scale))  # after the division, which needs no further copy of the matrix
 
 
 def replace(change: Change, update: Tensor, left: Tensor) -> dict[str, float]:

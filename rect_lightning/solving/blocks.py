@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rect_lightning.models.adapter import Adapter
+from rect_lightning.solving.attention import plain_attention
 from rect_lightning.solving.batching import Batch
 from rect_lightning.solving.packed import can_pack, pack, same_input
 
@@ -39,21 +40,6 @@ def ending_at(module: nn.Module) -> Iterator[None]:
         pass
     finally:
         handle.remove()
-
-
-@contextmanager
-def plain_attention(adapter: Adapter) -> Iterator[None]:
-    """Inside, attention is two batched matrix products.
-
-    For the few columns of a value search that is faster than a fused kernel, above all backwards.
-    """
-    config = adapter.model.config
-    before = config._attn_implementation
-    config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 @dataclass(frozen=True, slots=True)

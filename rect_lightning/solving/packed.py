@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_LEAST = 16
-"""Products have a multiple of so many rows."""
+_STEP = 16
+"""Products of more rows have a multiple of so many."""
 _LARGEST = 2**31
 """Bytes of weights up to which they are packed: the copies, one for each direction, take twice that."""
 
@@ -43,7 +43,7 @@ def same_input(modules: Sequence[nn.Module], run: Callable[[], object]) -> list[
 
     def note(number: int, name: str, args: tuple[Any, ...]) -> None:
         for x in args[:1]:  # none where the input is given by name
-            read.setdefault((number, id(x), x._version), (x, []))[1].append(name)
+            read.setdefault((number, id(x), _version(x)), (x, []))[1].append(name)
 
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name, number=number: note(number, name, args))
@@ -84,6 +84,11 @@ def pack(module: nn.Module, together: Sequence[Sequence[str]] = ()) -> nn.Module
     return module
 
 
+def _version(x: Tensor) -> int:
+    """How often a tensor was changed in place; those made in inference mode do not know."""
+    return -1 if x.is_inference() else x._version
+
+
 def _can_be_packed(module: nn.Module) -> bool:
     """Whether it is a linear layer and does nothing else."""
     from transformers.pytorch_utils import Conv1D
@@ -112,9 +117,9 @@ class PackedLinear(nn.Module):
         self.backwards = ops._reorder_linear_weight(weight.T.contiguous(), None)
         self.bias = None if bias is None else bias.detach()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        result: Tensor = _Product.apply(x, self.forwards, self.backwards, self.bias)
+        result: Tensor = _Product.apply(input, self.forwards, self.backwards, self.bias)
         return result
 
 
@@ -126,13 +131,14 @@ class _Shared:
         bias = torch.cat(biases) if any(bias is not None for _, bias in layers) else None
         self.product = PackedLinear(torch.cat([weight.detach() for weight, _ in layers]), bias)
         self.sizes = [len(weight) for weight, _ in layers]
-        self.x: tuple[Tensor, int] | None = None  # and its version
+        self.x: tuple[Tensor, int, bool] | None = None  # and its version, and whether gradients are wanted
         self.parts: dict[int, Tensor] = {}
 
     def part(self, number: int, x: Tensor) -> Tensor:
         """``[..., in]`` to what the layer of this number makes of it, ``[..., out]``."""
-        if self.x is None or x is not self.x[0] or x._version != self.x[1] or number not in self.parts:
-            self.x, self.parts = (x, x._version), dict(enumerate(self.product(x).split(self.sizes, dim=-1)))
+        now = x, _version(x), torch.is_grad_enabled()
+        if self.x is None or x is not self.x[0] or now[1:] != self.x[1:] or number not in self.parts:
+            self.x, self.parts = now, dict(enumerate(self.product(x).split(self.sizes, dim=-1)))
         part = self.parts.pop(number)
         if not self.parts:
             self.x = None
@@ -144,8 +150,8 @@ class _Part(nn.Module):
         super().__init__()
         self.shared, self.number = shared, number
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.shared.part(self.number, x)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.shared.part(self.number, input)
 
 
 class _Product(torch.autograd.Function):
@@ -160,12 +166,18 @@ class _Product(torch.autograd.Function):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    ops: Any = torch.ops.mkldnn
     rows = x.reshape(-1, x.shape[-1])
     count = len(rows)
-    rows = F.pad(rows, (0, 0, 0, recurring(count) - count)).contiguous()
-    product: Tensor = ops._linear_pointwise(rows, weight, bias, "none", [], "")
+    more = recurring(count) - count
+    rows = F.pad(rows, (0, 0, 0, more)) if more else rows.contiguous()
+    product = _product(rows, weight, bias)
     return product[:count].view(*x.shape[:-1], product.shape[-1])
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    ops: Any = torch.ops.mkldnn
+    product: Tensor = ops._linear_pointwise(rows, weight, bias, "none", [], "")
+    return product
 
 
 def recurring(rows: int) -> int:
@@ -173,5 +185,6 @@ def recurring(rows: int) -> int:
 
     For each new shape of a product oneDNN generates code, about a megabyte, and keeps it.
     """
-    step = max(_LEAST, 1 << max(0, (rows - 1).bit_length() - 4))
+    power = 1 << max(0, rows - 1).bit_length()
+    step = min(power, max(_STEP, power // 16))
     return -(-rows // step) * step

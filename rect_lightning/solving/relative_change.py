@@ -39,7 +39,7 @@ def relative_change(update: Tensor, weight: Tensor) -> Tensor:
 def largest(delta: Tensor, keep: float) -> Tensor:
     """A mask of the ``round(keep · N)`` largest entries; among equal ones those that come first in memory order.
 
-    Exact at any size, with working memory of about two bytes an entry besides the mask, however many entries are equal.
+    Exact at any size, with working memory of about two bytes an entry besides the mask, also where many entries are equal.
     (Counting is by ``count_nonzero``: ``sum`` of a bool tensor makes a copy of eight bytes an entry first.)
 
     Args:
@@ -50,7 +50,7 @@ def largest(delta: Tensor, keep: float) -> Tensor:
         A bool tensor in the shape of ``delta``.
 
     Raises:
-        ValueError: Entries are nan, and no threshold can be found.
+        ValueError: An entry is nan.
     """
     return largest_of_all(lambda _: delta, [delta.numel()], keep)[0].view(delta.shape)
 
@@ -75,6 +75,8 @@ def largest_of_all(delta: Callable[[int], Tensor], sizes: Sequence[int], keep: f
 
     every = range(len(sizes))
     count = round(keep * sum(sizes))
+    if any(flat(i).sum().isnan() for i in every):
+        raise ValueError(f"{sum(int(flat(i).isnan().count_nonzero()) for i in every)} of {sum(sizes)} entries are nan.")
     if count == 0:
         return [torch.zeros_like(flat(i), dtype=torch.bool) for i in every]
     for low, high in _brackets(flat, sizes, count):
@@ -87,15 +89,14 @@ def largest_of_all(delta: Callable[[int], Tensor], sizes: Sequence[int], keep: f
         wanted, found = count - _count(masks), _count(between)
         if 0 < wanted <= found:
             break
-    else:
-        raise ValueError(f"{sum(int(flat(i).isnan().count_nonzero()) for i in every)} of {sum(sizes)} entries are nan.")
     if found <= max(_SMALL, sum(sizes) // 16):
         _add_largest(masks, between, flat, wanted)
         return masks
     # many entries equal one end of the bracket, and the indices of as many would take more memory than the matrix
+    del between
     for end in (high, None, low):
         if end is None:
-            part = [_compare(torch.lt, flat(i), high) & _compare(torch.gt, flat(i), low) for i in every]
+            part = [_compare(torch.lt, flat(i), high).logical_and_(_compare(torch.gt, flat(i), low)) for i in every]
         else:
             part = [_compare(torch.eq, flat(i), end) for i in every]
         here = min(_count(part), wanted)
@@ -148,7 +149,7 @@ def _brackets(flat: Callable[[int], Tensor], sizes: Sequence[int], k: int) -> It
     """
     n, some = sum(sizes), flat(0)
     if n > _SMALL:
-        stride = n // _SAMPLE
+        stride = n // _SAMPLE | 1  # odd, so that it does not walk along the same few columns of a matrix
         starts = [-sum(sizes[:i]) % stride for i in range(len(sizes))]  # every stride-th entry of them all, in a row
         sample = _join(flat(i)[start::stride] for i, start in enumerate(starts)).sort(descending=True).values
         m = sample.numel()

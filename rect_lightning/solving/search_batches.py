@@ -28,8 +28,8 @@ class SearchRows:
 
 _PREPARED = 8192
 """Padded tokens that are prepared in one pass; where prompts are short this is more than a search together has."""
-_MOST = 96
-"""Rows in a batch at most: of more, which have few columns each, preparing would take more memory than a step."""
+_COLUMNS = 4
+"""Columns that a row counts for at least: of more rows, which have fewer, preparing would take more memory than a step."""
 _OVERHEADS = (40, 20, 10, 5)
 """What a batch is taken to cost besides its columns, in columns. Measured it is 40, in fp32 and in bf16 on a CPU; less makes
 more batches, which take a little longer, with less padding."""
@@ -56,7 +56,7 @@ def in_batches(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
     for together in by_length([row.subject + columns_of(row) for row in rows], _PREPARED):
         columns = [columns_of(rows[i]) for i in together]
         for overhead in _OVERHEADS:
-            batches = by_time(columns, budget, overhead=overhead, most=_MOST)
+            batches = by_time(columns, budget, overhead=overhead, most=max(1, budget // _COLUMNS))
             if sum(columns) > (1 - _PADDING) * padded(columns, batches):
                 break
         yield from ([together[i] for i in indices] for indices in batches)

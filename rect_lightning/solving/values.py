@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from rect_lightning.models.adapter import Adapter
 from rect_lightning.models.encoding import Row
 from rect_lightning.progress import track
+from rect_lightning.solving.attention import plain_attention
 from rect_lightning.solving.batching import pad
-from rect_lightning.solving.blocks import Call, Tail, Trace, plain_attention, run_to, select_rows
+from rect_lightning.solving.blocks import Call, Tail, Trace, run_to, select_rows
 from rect_lightning.solving.search_batches import SearchRows, budget_of, columns_of, in_batches, in_chunks
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rect_lightning.solving.attention import plain_attention
 from rect_lightning.solving.batching import pad
-from rect_lightning.solving.blocks import Tail, ending_at, first, plain_attention, run_to, select_rows
+from rect_lightning.solving.blocks import Tail, ending_at, first, run_to, select_rows
 from tests import tiny as tiny_models
 
 every_family = pytest.mark.parametrize("family", tiny_models.FAMILIES)
@@ -181,7 +182,7 @@ def test_ending_at_lets_errors_through(tiny):
 def test_plain_attention_puts_the_models_own_back(tiny):
     config = tiny.model.config
     with plain_attention(tiny):
-        assert config._attn_implementation == "eager"
+        assert config._attn_implementation == "rect_lightning_grouped"
     assert config._attn_implementation == "sdpa"
     with pytest.raises(KeyError), plain_attention(tiny):
         raise KeyError("x")

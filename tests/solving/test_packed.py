@@ -48,11 +48,23 @@ def test_the_same_products_forwards_and_backwards(kind, dtype, shape):
 def test_products_have_few_shapes():
     """Of each oneDNN keeps code. An eighth more rows at most where there are many, and never fewer."""
     found = [packed.recurring(rows) for rows in range(1, 8193)]
-    assert all(rows <= more <= max(rows + packed._LEAST - 1, rows * 9 / 8) for rows, more in enumerate(found, start=1))
-    assert len({*found[:384]}) == 20
-    assert len({*found}) == 56
-    assert found[: packed._LEAST + 1] == [16] * 16 + [32]
+    assert found[:33] == [1, 2, 4, 4, *[8] * 4, *[16] * 8, *[32] * 16, 48]
+    assert all(rows <= more <= max(rows + 15, rows * 9 / 8) for rows, more in enumerate(found, start=1))
+    assert len({*found[:384]}) == 24
+    assert len({*found}) == 60
     assert packed.recurring(0) == 0
+
+
+def test_products_are_filled_up_to_few_shapes(monkeypatch):
+    sizes = []
+    product = packed._product
+    monkeypatch.setattr(packed, "_product", lambda rows, *rest: (sizes.append(len(rows)), product(rows, *rest))[1])
+    layer = pack(nn.Linear(4, 6))
+    for rows in (3, 17, 32, 130):
+        x = torch.randn(rows, 4, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad.shape == x.shape
+    assert sizes == [4, 4, 32, 32, 32, 32, 144, 144]
 
 
 def test_a_product_of_a_transposed_view():
@@ -145,10 +157,30 @@ def test_an_input_that_is_changed_between_two_layers_is_read_anew():
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_part_without_gradients_is_not_handed_on_to_where_they_are_wanted():
+    module = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    found, x = pack(module, [["0", "1"]]), torch.randn(2, 4, requires_grad=True)
+    with torch.no_grad():
+        found[0](x)
+    assert found[1](x).requires_grad
+
+
+def test_tensors_of_inference_mode_are_read_as_well():
+    module = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    with torch.inference_mode():
+        x = torch.randn(2, 4)
+        wanted = [layer(x) for layer in module]
+        assert same_input([module], lambda: [layer(x) for layer in module]) == [[["0", "1"]]]
+        found = pack(module, [["0", "1"]])
+        torch.testing.assert_close([found[0](x), found[1](x)], wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_an_input_given_by_name_is_no_ones_else():
     module = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
     x = torch.randn(2, 4)
     assert same_input([module], lambda: [layer(input=x) for layer in module]) == [[]]
+    wanted = module[0](x)
+    torch.testing.assert_close(pack(module)[0](input=x), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["hook", "method"])

@@ -66,9 +66,10 @@ def test_large_matrices_are_selected_exactly(shape, monkeypatch):
         assert torch.equal(rc.largest(delta, keep), expected), keep
 
 
-def test_what_is_no_number_is_told():
+@pytest.mark.parametrize("keep", [0.4, 1.0])
+def test_what_is_no_number_is_told(keep):
     with pytest.raises(ValueError, match="1 of 5 entries are nan"):
-        rc.largest(torch.tensor([1.0, 2.0, 3.0, math.nan, 0.0]), 1.0)
+        rc.largest(torch.tensor([1.0, 2.0, 3.0, math.nan, 0.0]), keep)
 
 
 def test_more_than_2_to_the_24_entries():
