@@ -301,19 +301,19 @@ def metrics_against_naive(adapter: Adapter, requests: list[EditRequest]) -> list
 
 
 def growth(
-    folder: str | None, layer: int, requests: list[EditRequest], machine: Machine, counts: list[int]
+    folder: str | None, layer: int, requests: list[EditRequest], machine: Machine, counts: list[int], steps: int
 ) -> list[str]:
     """Seconds and memory by the number of requests; each in a process of its own."""
     lines = [
         "",
-        f"| requests | search, 3 bf16 steps | a request | peak memory, MB | above the model's | padding "
+        f"| requests | search, {steps} bf16 steps | a request | peak memory, MB | above the model's | padding "
         f"| keys of a layer | solve | metrics of up to {MEASURED} |",
         "|---" * 9 + "|",
     ]
     for count in counts:
         many = (requests * (count // len(requests) + 1))[:count]
         with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as fresh:
-            seconds, memory, padding, others = fresh.submit(_grown, folder, layer, many, machine).result()
+            seconds, memory, padding, others = fresh.submit(_grown, folder, layer, many, machine, steps).result()
         megabytes = [f"{x / 1e6:.0f}" for x in memory]
         shown = [f"{seconds:.2f}", f"{seconds / count:.3f}", *megabytes, f"{padding:.0%}"]
         lines.append(f"| {count:,} | " + " | ".join([*shown, *(f"{phase.seconds:.3f}" for phase in others)]) + " |")
@@ -321,7 +321,7 @@ def growth(
 
 
 def _grown(
-    folder: str | None, layer: int, requests: list[EditRequest], machine: Machine
+    folder: str | None, layer: int, requests: list[EditRequest], machine: Machine, steps: int
 ) -> tuple[float, tuple[float, float], float, list[Phase]]:
     adapter = load(folder)
     for weight in adapter.model.parameters():
@@ -331,7 +331,7 @@ def _grown(
 
     def search() -> None:
         nonlocal seconds
-        seconds, _ = once(lambda: search_values(adapter, tail, rows, ValueSearch(steps=3)))
+        seconds, _ = once(lambda: search_values(adapter, tail, rows, ValueSearch(steps=steps)))
 
     memory = peak_memory(search)
     keys, _, solve = keys_and_solve(adapter, layer, requests, machine)
@@ -405,6 +405,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=100, help="requests of the operation")
     parser.add_argument("--naive", type=int, default=0, help="requests to search in public code's way as well")
     parser.add_argument("--tokens", type=int, default=8192, help="of the text for the second moments")
+    parser.add_argument("--growth-steps", type=int, default=3, help="steps of the search by the number of requests")
     parser.add_argument("--growth", type=int, nargs="*", default=[1, 10, 16, 64, 100, 1000], help="numbers of requests")
     parser.add_argument("--widths", type=int, nargs="*", default=[256, 512, 1024, 2048], help="of random models")
     parser.add_argument(
@@ -428,7 +429,7 @@ def main(arguments: list[str] | None = None) -> None:
         lines += against_naive(adapter, args.layers[-1], requests[: args.naive])
         lines += metrics_against_naive(adapter, requests[: args.naive][:10])
     lines += moments_against_bare(adapter, args.layers, args.tokens)
-    lines += growth(args.model, args.layers[-1], requests, machine, args.growth)
+    lines += growth(args.model, args.layers[-1], requests, machine, args.growth, args.growth_steps)
     lines += widths(adapter, machine, args.widths)
     text = "\n".join(lines) + "\n"
     if args.out:
