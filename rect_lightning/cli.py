@@ -135,7 +135,11 @@ def run() -> None:
     """The command: `main`, with what this package refuses told in a line and not as a traceback."""
     _log.addHandler(logging.StreamHandler())
     _log.setLevel(logging.INFO)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lm_eval.models.huggingface"):
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.trainer.connectors.checkpoint_connector",
+        "lm_eval.models.huggingface",
+    ):
         logging.getLogger(name).addFilter(_is_news)
     try:
         main()

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
+from rich.table import Table
 
 from rect_lightning.data.request import EditRequest
 from rect_lightning.durable import whole_file
@@ -108,6 +110,11 @@ class SideEffects(Callback):
         self._requests |= {request.id: request for request in batch}
         self._measure_if_due(trainer, pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show each score of the tasks before any edit and after the last that was measured."""
+        if trainer.is_global_zero and self.measured > 0:
+            Console().print(abilities_table(self.rows))
+
     def _measure_if_due(self, trainer: Trainer, editor: Any) -> None:
         edits = len(editor.done)
         if edits // self.every_n_edits > self.measured // self.every_n_edits:
@@ -186,6 +193,26 @@ class SideEffects(Callback):
         """Go on with it."""
         self.rows, self.abilities = list(state_dict["rows"]), dict(state_dict["abilities"])
         self.measured = state_dict["measured"]
+
+
+def abilities_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Scores of tasks at the first and the last number of edits among the rows, with 95 % intervals."""
+    rows = [row for row in rows if row["task"] != "edits"]
+    first, last = rows[0]["edits"], rows[-1]["edits"]
+    values = {
+        (row["score"], row["edits"]): f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows
+    }
+    table = Table(title="Abilities, with 95 % intervals; more in side_effects.csv")
+    table.add_column("score")
+    for edits in (first, last):
+        table.add_column(f"{edits} edits", justify="right")
+    table.add_column("records", justify="right")
+    for row in rows:
+        if row["edits"] == last:
+            table.add_row(
+                row["score"], values.get((row["score"], first), ""), values[row["score"], last], str(row["n"])
+            )
+    return table
 
 
 def _row(edits: int, result: TaskResult, name: str) -> dict[str, Any]:

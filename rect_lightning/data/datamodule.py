@@ -161,7 +161,10 @@ class EditData(LightningDataModule):
             requests = random.Random(self.seed).sample(requests, count)
         if self.offset + (self.limit or 1) > count:
             wanted = f"offset {self.offset}" + (f" and limit {self.limit}" if self.limit else "")
-            raise ValueError(f"{self.path} has {count} requests, too few for {wanted}; lower them")
+            raise ValueError(
+                f"{self.path} has {count} requests, too few for {wanted}; lower them, or take all there are by "
+                "--data.limit null"
+            )
         return requests[self.offset :][: self.limit]
 
     def _read_prompts(self) -> list[str]:

@@ -234,8 +234,12 @@ def _edits_hold(results: Results, by: Grouping, group: str) -> Figure:
     return Figure(
         name=_slug("edits-hold", by.suffix(group)),
         section="Editing",
-        title=_titled("Do earlier edits hold?", group),
-        caption=_noted("All edits made so far, measured again as they pile up.", results, panels),
+        title=_titled("All edits so far", group),
+        caption=_noted(
+            "All edits made so far, measured again as they pile up: each point has earlier ones and new ones in it.",
+            results,
+            panels,
+        ),
         panels=panels,
     )
 

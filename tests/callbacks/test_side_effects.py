@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -76,6 +77,15 @@ def test_when_it_is_measured(tmp_path, batch_size, every, expected):
     side = SideEffects([Ability([1.0] * 9)], every_n_edits=every)
     fit(memit(tmp_path), facts(tmp_path, batch_size=batch_size), side)
     assert [row["edits"] for row in side.rows if row["task"] == "given"] == expected
+
+
+def test_abilities_are_shown_in_the_end(tmp_path, capsys):
+    side = SideEffects([Ability([0.75, 0.5, 0.25])], every_n_edits=2)
+    fit(memit(tmp_path), facts(tmp_path, batch_size=2), side)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "given/exact" in line]
+    assert re.findall(r"[\d.]+", row) == ["0.750", "0.000", "1.000", "0.250", "0.000", "1.000", "2"]
+    fit(memit(tmp_path), facts(tmp_path, batch_size=2), SideEffects([Ability([1.0])], every_n_edits=9))
+    assert "given/exact" not in capsys.readouterr().out
 
 
 def test_zero_edits_is_the_clean_model_and_later_ones_the_edited(tmp_path):
