@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from rich.console import Console
 from rich.table import Table
 
 from rect_lightning.data.request import EditRequest
 from rect_lightning.durable import whole_file
 from rect_lightning.metrics import EditMetrics
+from rect_lightning.progress import console
 from rect_lightning.tasks import Score, Task, TaskResult, measure, named
 
 COLUMNS = ("edits", "task", "score", "value", "low", "high", "n", "unparseable")
@@ -113,7 +113,7 @@ class SideEffects(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show each score of the tasks before any edit and after the last that was measured."""
         if trainer.is_global_zero and self.measured > 0:
-            Console().print(abilities_table(self.rows))
+            console(trainer, pl_module).print(abilities_table(self.rows))
 
     def _measure_if_due(self, trainer: Trainer, editor: Any) -> None:
         edits = len(editor.done)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rect_lightning.callbacks.regulariser import Regulariser
+from rect_lightning.progress import console
 
 
 class Summary(Callback):
@@ -24,7 +24,7 @@ class Summary(Callback):
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report, now that the progress bar is gone."""
+        """Report."""
         self._report(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,11 +57,11 @@ class Summary(Callback):
         folder = trainer.log_dir  # all processes have to ask
         if not trainer.is_global_zero:
             return
-        console = Console()
-        console.print(samples_table(self.predictions))
+        out = console(trainer, pl_module)
+        out.print(samples_table(self.predictions))
         if folder is not None:
             self._write(Path(folder), {"predictions.json": self.predictions})
-            console.print(f"Run folder: {folder}", soft_wrap=True)
+            out.print(f"Run folder: {folder}", soft_wrap=True)
 
     def _write(self, folder: Path, files: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,11 +85,11 @@ class Summary(Callback):
             if changes := pl_module.relative_changes():
                 files["relative_change.json"] = changes
             self._write(Path(folder), files)
-        console = Console()
-        console.print(metrics_table(results, requests_of(pl_module.measurement.requests), title(trainer, pl_module)))
-        console.print(samples_table(samples))
+        out = console(trainer, pl_module)
+        out.print(metrics_table(results, requests_of(pl_module.measurement.requests), title(trainer, pl_module)))
+        out.print(samples_table(samples))
         if folder is not None:
-            console.print(f"Run folder: {folder}", soft_wrap=True)
+            out.print(f"Run folder: {folder}", soft_wrap=True)
 
 
 def title(trainer: Trainer, pl_module: Any) -> str:
