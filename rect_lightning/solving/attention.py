@@ -48,8 +48,8 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, without dropout; the mask tells of sliding windows.
 
-    On a CPU its arithmetic is in fp32 whatever the dtype: for so small products that is hardly slower than bf16, for each
-    shape of which oneDNN generates code, more than half a megabyte, and keeps it.
+    On a CPU its arithmetic is in fp32 at least: products in bf16 would take two thirds of the time, but for each of their
+    shapes oneDNN generates code, more than half a megabyte, and keeps it.
 
     Args:
         module: The layer; not needed.

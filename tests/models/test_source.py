@@ -1,5 +1,6 @@
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -221,6 +222,18 @@ def test_two_processes_build_once(tmp_path):
     assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
     assert log.read_text() == "build\n"
     assert (path / "whole").exists()
+
+
+def test_waiting_for_another_process_is_told(tmp_path, caplog):
+    path, log = tmp_path / "entry", tmp_path / "log"
+    other = builder(path, log, 2.0)
+    deadline = time.monotonic() + 60
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with caplog.at_level(logging.INFO, logger="rect_lightning"):
+        cached_folder(path, lambda folder: pytest.fail("built twice"))
+    assert other.wait(timeout=60) == 0
+    assert f"Waiting for {path}" in caplog.text
 
 
 def test_a_killed_build_leaves_no_entry_and_no_lock(tmp_path):
