@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import claims, editing, regularisers, speed, tasks
+from benchmarks import claims, comparison, contexts, editing, regularisers, speed, tasks
 from tests import tiny
 
 
@@ -172,3 +172,95 @@ def test_claims_of_fewer_seeds_say_so_and_of_no_cell_are_refused(tmp_path, capsy
     (tmp_path / "table.csv").write_text(f"{header}\n")
     with pytest.raises(ValueError, match=r"table\.csv has nothing to report: no cell in it is done"):
         claims.main([str(tmp_path)])
+
+
+HEADER = "editor,requests,edits,source,name,value,low,high,n,unparseable"
+
+
+def tables(text):
+    """The rows of each table in a text, without headers: names and cells."""
+    groups, rows = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif rows:
+            groups.append([dict(zip(rows[0], row, strict=True)) for row in rows[2:]])
+            rows = []
+    return groups
+
+
+def test_a_comparison_says_what_is_left(tmp_path, capsys):
+    rows = [HEADER]
+    for edits, gsm8k, sst2, perplexity in ((0, 0.5, 0.8, 20), (10, 0.4, 0.8, 22)):
+        rows += [f"ROME,10,{edits},task,gsm8k/paper,{gsm8k},,,,", f"ROME,10,{edits},task,sst2/paper,{sst2},,,,"]
+        rows += [f"ROME,10,{edits},task,perplexity/prose,{perplexity},,,,"]
+    for metric, value in (("efficacy/probability", 0.9), ("efficacy/wild", 0.05), ("locality/unchanged", 0.75)):
+        rows += [f"ROME,10,0,before,{metric},0,,,,", f"ROME,10,10,after,{metric},{value},,,,"]
+    rows += ["ROME,10,10,edits,efficacy/probability,0.9,,,,"]  # measured once: no curve
+    rows += [f"ROME,10,{n},cost,seconds_per_edit,{n},,,1," for n in (1, 2)]
+    rows += ["ROME,10,10,cost,peak_memory/host,2.5e9,,,,"]
+    rows += ["KN,10,0,before,perplexity/prose,20,,,,", "KN,10,10,after,perplexity/prose,50,,,,"]
+    rows += ["KN,1,0,before,efficacy/exact,0,,,,", "KN,1,1,after,efficacy/exact,0.5,,,,"]
+    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
+    comparison.main([str(tmp_path), "--by", "requests"])
+    text = capsys.readouterr().out
+    assert text.index("**requests: 10**") < text.index("**requests: 1**")
+    ten, one = tables(text)
+    assert ten == [
+        {
+            "": "ROME", "efficacy": "0.900", "free": "0.050", "unchanged": "0.750", "abilities": "0.90",
+            "perplexity, ratio": "1.10", "s an edit": "1.5", "memory, GB": "2.50",
+        },
+        {
+            "": "KN", "efficacy": "", "free": "", "unchanged": "", "abilities": "",
+            "perplexity, ratio": "2.50", "s an edit": "", "memory, GB": "",
+        },
+    ]  # fmt: skip
+    assert one == [{"": "KN", "exact": "0.500"}]
+    with pytest.raises(ValueError, match="no axis protocol; there are editor, requests"):
+        comparison.main([str(tmp_path), "--by", "protocol"])
+
+
+def test_a_long_run_says_where_it_collapsed(tmp_path, capsys):
+    rows = [HEADER]
+    for editor, efficacies, perplexities in (
+        ("MEMIT", (0.9, 0.4, 0.6), (30, 39, 40)),  # perplexity doubles at exactly twice that of the clean model
+        ("AlphaEdit", (0.9, 0.9, 0.5), (20, 20, 20)),  # one half is not below one half
+    ):
+        rows += [f"{editor},30,0,task,perplexity/prose,20,,,,", f"{editor},30,30,after,efficacy/probability,0.6,,,,"]
+        for edits, efficacy, perplexity in zip((10, 20, 30), efficacies, perplexities, strict=True):
+            rows += [f"{editor},30,{edits},edits,efficacy/probability,{efficacy},,,,"]
+            rows += [f"{editor},30,{edits},task,perplexity/prose,{perplexity},,,,"]
+        rows += [
+            f"{editor},30,{n},cost,seconds_per_edit,{0.5 if n < 29 else 0.25},,,1," for n in reversed(range(1, 31))
+        ]
+    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
+    comparison.main([str(tmp_path)])
+    ends, along, collapsed = tables(capsys.readouterr().out)
+    assert [row["perplexity, ratio"] for row in ends] == ["2.00", "1.00"]
+    assert along[0] == {
+        "": "MEMIT, 30", "efficacy, 10": "0.900", "efficacy, 20": "0.400", "efficacy, 30": "0.600",
+        "perplexity, 10": "1.50", "perplexity, 20": "1.95", "perplexity, 30": "2.00",
+    }  # fmt: skip
+    seconds = {"s an edit, first tenth": "0.5", "s an edit, last tenth": "0.333"}
+    assert collapsed == [
+        {"": "MEMIT, 30", "perplexity doubled at": "30", "efficacy below one half at": "20", **seconds},
+        {"": "AlphaEdit, 30", "perplexity doubled at": "never", "efficacy below one half at": "never", **seconds},
+    ]
+
+
+def test_free_answers_under_several_instructions(folder, capsys):
+    requests = folder / "facts.jsonl"
+    facts = [{"prompt": "{} is", "subject": name, "target_new": "red"} for name in ("sky", "sea")]
+    requests.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    contexts.main([str(folder), str(requests)])
+    (rows,) = tables(capsys.readouterr().out)
+    assert [row["asked by"] for row in rows] == ["instruction", "prompt alone", "prompt alone, up to a comma"]
+    assert all(0 <= float(row["exact"]) <= float(row["begins"]) <= float(row["holds"]) <= 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"), [("It is New York.", True), ("the new York", True), ("York, New", False), ("Newark", False)]
+)
+def test_an_answer_holds_its_target_as_words(answer, expected):
+    assert contexts.holds(contexts.FreeAnswer(answer, "New York")) is expected
