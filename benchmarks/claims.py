@@ -51,21 +51,14 @@ def summary(rows: Sequence[Row]) -> Values:
     for name in KEPT:
         if along := [row.value for row in rows if row.source == "edits" and row.name == name]:
             found[_curve(name)] = fmean(along)
-    results = Results(title="", rows=tuple(rows))
-    shares = [
-        _shares([row for row in rows if row.source == "task" and row.name == name]) for name in results.main_scores
-    ]
-    abilities = [
-        share for name, share in zip(results.main_scores, shares, strict=True) if share and not lower_is_better(name)
-    ]
-    if abilities:
+    left = shares_left(rows)
+    if abilities := [[*left[name].values()] for name in left if not lower_is_better(name)]:
         found |= {
-            "abilities, end": fmean(s[-1] for s in abilities),
-            "abilities, curve": fmean(fmean(s) for s in abilities),
+            "abilities, end": fmean(shares[-1] for shares in abilities),
+            "abilities, curve": fmean(fmean(shares) for shares in abilities),
         }
-    for name, share in zip(results.main_scores, shares, strict=True):
-        if share and lower_is_better(name):
-            found[PERPLEXITY] = share[-1]
+    for name in filter(lower_is_better, left):
+        found[PERPLEXITY] = [*left[name].values()][-1]
     return found
 
 
@@ -84,11 +77,18 @@ def _curve(name: str) -> str:
     return f"{name}, curve"
 
 
-def _shares(rows: Sequence[Row]) -> list[float]:
-    """A score after 0 edits, as shares of the one at 0 edits; nothing where that is zero."""
-    rows = sorted(rows, key=lambda row: row.edits or 0)
-    clean = rows[0].value if rows and rows[0].edits == 0 else 0.0
-    return [row.value / clean for row in rows[1:]] if clean else []
+def shares_left(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """Of each task's main score what is left after 0 edits, as a share of the one at 0 edits, by the number of edits.
+
+    Scores that are zero at 0 edits are left out.
+    """
+    found = {}
+    results = Results(title="", rows=tuple(rows))
+    for name in results.main_scores:
+        values = {row.edits or 0: row.value for row in sorted(results.of("task", name), key=lambda row: row.edits or 0)}
+        if (clean := values.pop(0, 0.0)) and values:
+            found[name] = {edits: value / clean for edits, value in values.items()}
+    return found
 
 
 def tables(axes: Sequence[str], cells: Mapping[Cell, Sequence[Row]]) -> list[str]:

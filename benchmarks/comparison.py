@@ -20,8 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from benchmarks.claims import PERPLEXITY, shares_left
 from rect_lightning.reports.reading import read_grid
-from rect_lightning.reports.results import Results, Row, lower_is_better, with_abilities_kept
+from rect_lightning.reports.results import Results, Row, lower_is_better
 
 METRICS = {
     "efficacy": "efficacy/probability",
@@ -34,7 +35,7 @@ METRICS = {
     "unchanged": "locality/unchanged",
 }
 """Columns, and the metrics of the edits that stand in them."""
-ABILITIES, PERPLEXITY, SECONDS, MEMORY = "abilities", "perplexity, ratio", "s an edit", "memory, GB"
+ABILITIES, SECONDS, MEMORY = "abilities", "s an edit", "memory, GB"
 DOUBLED, HALF = 2.0, 0.5
 """The ratio of perplexity and the efficacy at which a run counts as collapsed."""
 
@@ -46,8 +47,8 @@ def summary(rows: Rows) -> Values:
     """The columns of one cell."""
     after = {row.name: row.value for row in rows if row.source == "after"}
     found = {column: after[name] for column, name in METRICS.items() if name in after}
-    if abilities := abilities_kept(rows):
-        found[ABILITIES] = fmean(abilities)
+    if left := [[*shares.values()][-1] for name, shares in shares_left(rows).items() if not lower_is_better(name)]:
+        found[ABILITIES] = fmean(left)
     if ratios := perplexity_ratios(rows):
         found[PERPLEXITY] = ratios[max(ratios)]
     if seconds := seconds_per_edit(rows):
@@ -57,25 +58,14 @@ def summary(rows: Rows) -> Values:
     return found
 
 
-def abilities_kept(rows: Rows) -> list[float]:
-    """Of each task, perplexity aside, the share that is left in the end."""
-    tasks = [row for row in rows if row.source == "task" and not lower_is_better(row.name)]
-    results = Results(title="", rows=tuple(tasks))
-    kept = [
-        with_abilities_kept(Results(title="", rows=tuple(row for row in tasks if row.name == name)))
-        for name in results.main_scores
-    ]
-    return [row.value for results in kept for row in results.of("kept")]
-
-
 def perplexity_ratios(rows: Rows) -> dict[int, float]:
     """Perplexity over that of the clean model, by the number of edits; before and after where no task measured it."""
-    measured = {row.edits or 0: row.value for row in rows if row.source == "task" and lower_is_better(row.name)}
-    if not measured:
-        ends = [row for row in rows if row.source in ("before", "after") and lower_is_better(row.name)]
-        measured = {row.edits or 0: row.value for row in ends}
-    clean = measured.pop(0, None)
-    return {edits: value / clean for edits, value in measured.items()} if clean else {}
+    for name, ratios in shares_left(rows).items():
+        if lower_is_better(name):
+            return ratios
+    before = [row.value for row in rows if row.source == "before" and lower_is_better(row.name)]
+    after = [row for row in rows if row.source == "after" and lower_is_better(row.name)]
+    return {row.edits or 0: row.value / clean for clean, row in zip(before, after, strict=True)}
 
 
 def efficacies(rows: Rows) -> dict[int, float]:
