@@ -131,6 +131,9 @@ def _trade_off(results: Results, by: Grouping) -> Figure | None:
             panels.append(
                 Panel(kind="points", title=title, x_label=score, y_label="ability kept", series=tuple(series))
             )
+    points = [(x, y) for panel in panels for one in panel.series for x, y in zip(one.x, one.y, strict=True)]
+    x_range, y_range = ((min(values), max(values)) for values in zip(*points, strict=True)) if points else (None, None)
+    panels = [replace(panel, x_range=x_range, y_range=y_range) for panel in panels]
     tasks = ", ".join(name.split("/")[0] for name in results.main_scores) or "perplexity"
     caption = (
         f"To the right, {score}: how well the edits took. Up: how much of the model's abilities is left, the mean share of "

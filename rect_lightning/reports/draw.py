@@ -134,7 +134,8 @@ def _draw(canvas: Any, panel: Panel, *, left: float, top: float, size: tuple[flo
     draw = {"lines": _lines, "points": _points, "bars": _bars, "steps": _steps, "heat": _heat}[panel.kind]
     draw(axes, panel)
     at = {"xycoords": "axes points", "annotation_clip": False}
-    axes.annotate(panel.title, (-inset + 4, box[3] + 28), **at, fontsize=_TEXT + 1, weight="bold", color=LIGHT["ink"])
+    bold = {"fontsize": _title_size(panel.title), "weight": "bold", "color": LIGHT["ink"]}
+    axes.annotate(panel.title, (-inset + 4, box[3] + 28), **at, **bold)
     axes.annotate(panel.y_label, (-inset + 4, box[3] + 13), **at, fontsize=_SMALL, color=LIGHT["muted"])
     if panel.x_label:
         axes.annotate(panel.x_label, (box[2], -34), **at, fontsize=_SMALL, color=LIGHT["muted"], ha="right")
@@ -150,6 +151,11 @@ def _wrapped(label: str) -> str:
 
 def _text_width(text: str) -> float:
     return 0.56 * _SMALL * len(text) + 6
+
+
+def _title_size(title: str) -> float:
+    """The size at which a title, if it is long, does not run into the next panel."""
+    return min(_TEXT + 1, (WIDTH - 12) / (0.6 * max(1, len(title))))
 
 
 def _style(series: Series) -> dict[str, Any]:
@@ -259,6 +265,9 @@ def _points(axes: Any, panel: Panel) -> None:
             markersize=8, elinewidth=1, markeredgecolor=LIGHT["paper"], markeredgewidth=1, zorder=3, clip_on=False, **_style(s),
         )  # fmt: skip
     axes.margins(0.16)
+    if panel.x_range and panel.y_range:  # the panels of a figure are compared, so they show the same
+        axes.update_datalim(list(zip(panel.x_range, panel.y_range, strict=True)))
+        axes.autoscale_view()
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5))
     _name_ends(axes, panel.series)

@@ -61,6 +61,9 @@ class Panel:
     """y is a share, and the axis shows all of 0 to 1."""
     percent: bool = False
     """y is told in per cent."""
+    x_range: tuple[float, float] | None = None
+    """The least and the largest x that points should find room for, also those of other panels; None for its own."""
+    y_range: tuple[float, float] | None = None
 
     @property
     def bare(self) -> bool:

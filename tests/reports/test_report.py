@@ -152,6 +152,7 @@ def test_a_comparison_of_editors_has_a_point_an_editor(tmp_path):
     ]  # fmt: skip
     assert [series.label for series in trade_off.panels[2].series] == ["ROME", "MEMIT", "KN"]
     assert [(*series.x, *series.y) for series in trade_off.panels[2].series] == [(0.7, 0.5), (0.8, 0.5), (0.4, 0.5)]
+    assert len({(panel.x_range, panel.y_range) for panel in trade_off.panels}) == 1, "the panels cannot be compared"
     [growth] = made["growth-3"].panels
     assert [s.y for s in growth.series] == [pytest.approx((0.315, 0.565))] * 2 + [pytest.approx((0.29, 0.54))]
     [layers] = made["layers-3"].panels
@@ -339,16 +340,40 @@ def test_nine_regularisers_are_told_apart(tmp_path):
     assert "the mean loss a token" in text(tmp_path)
 
 
-def test_bars_keep_their_numbers_within_the_panel():
+def drawn(panel):
+    """A panel's axes, on a canvas of its size."""
     from matplotlib.figure import Figure
 
-    bar = Series(label="none", style=NONE, x=(0,), y=(0.93,), low=(0.5,), high=(1.4,))
-    panel = Panel(kind="bars", title="", x_label="", y_label="", series=(bar,), share=True)
     height = draw._height(panel)
     canvas = Figure(figsize=(draw.WIDTH / 72, height / 72))
     draw._draw(canvas, panel, left=0, top=height, size=(draw.WIDTH, height))
-    [number] = [told for told in canvas.axes[0].texts if told.get_text() == "0.93"]
-    assert number.get_window_extent().x1 <= canvas.bbox.x1
+    return canvas.axes[0]
+
+
+def test_bars_keep_their_numbers_within_the_panel():
+    bar = Series(label="none", style=NONE, x=(0,), y=(0.93,), low=(0.5,), high=(1.4,))
+    axes = drawn(Panel(kind="bars", title="", x_label="", y_label="", series=(bar,), share=True))
+    [number] = [told for told in axes.texts if told.get_text() == "0.93"]
+    assert number.get_window_extent().x1 <= axes.figure.bbox.x1
+
+
+@pytest.mark.parametrize("words", [1, 12])
+def test_a_title_ends_within_its_panel(words):
+    point = Series(label="MEMIT", style=0, x=(0.5,), y=(1,))
+    title = "batches " * words
+    axes = drawn(Panel(kind="points", title=title, x_label="", y_label="", series=(point,)))
+    [told] = [told for told in axes.texts if told.get_text() == title]
+    assert told.get_window_extent().x1 <= axes.figure.bbox.x1
+
+
+def test_points_find_room_for_those_of_other_panels():
+    point = Series(label="MEMIT", style=0, x=(0.5,), y=(1,))
+    options = {"kind": "points", "title": "", "x_label": "", "y_label": "", "series": (point,)}
+    axes = drawn(Panel(**options, x_range=(0.3, 0.9), y_range=(0, 1.1)))
+    assert axes.get_xlim()[0] < 0.3
+    assert axes.get_xlim()[1] > 0.9
+    assert axes.get_ylim()[0] < 0
+    assert axes.get_ylim()[1] > 1.1
 
 
 @pytest.mark.parametrize("columns", [4, 7, 13, 24])
