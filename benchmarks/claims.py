@@ -15,12 +15,12 @@ above the paper's two thresholds, and the sum of the absolute changes, as means 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from benchmarks.output import write
 from rect_lightning.reports.intervals import mean_and_interval
 from rect_lightning.reports.reading import read_grid
 from rect_lightning.reports.results import SEED, Results, Row, lower_is_better
@@ -167,10 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="file for the tables; printed if not given")
     args = parser.parse_args(arguments)
     text = "\n".join(tables(*measured(args.folder)))
-    if args.out:
-        args.out.write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+    write(text, args.out)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,33 @@
-"""What a grid of editors says: how well each edits, what that costs the model, time and memory; where long runs collapse.
+"""What a grid of editors says: how well each edits, what that costs the model, its time; and where long runs collapse.
 
     python -m rect_lightning experiment --config comparison_smollm2.yaml
     python -m benchmarks.comparison runs/comparison_smollm2 --by requests protocol --out comparison.md
     python -m benchmarks.comparison runs/long_runs_smollm2
 
-One table for each combination of levels of the axes in --by, a row a cell. Editing metrics are of all requests in the end,
-abilities and perplexity what is left of them then: the mean over the tasks of the main score as a share of the one at 0
-edits, and a ratio. Where edits were measured more than once along the way, two more tables follow. One has efficacy over
-all edits so far and the ratio of perplexity after each number of edits. The other has the number of edits at which a run
-was first seen collapsed, with perplexity doubled or efficacy below one half, and the seconds an edit in the first and the
-last tenth of the operations.
+One table for each combination of levels of the axes in --by, a row a cell. Editing metrics are of all requests in the end.
+"abilities" and "perplexity, ratio" are of the last point at which tasks were measured: the mean over the tasks of the main
+score as a share of the one at 0 edits, without perplexity and tasks of which the clean model can do nothing; and perplexity
+over that at 0 edits, or after over before all edits where it was no task. "s an edit" is the mean over all edits. "peak of the
+run, GB" is that of the whole process, loading, moments and measuring included, and the first run of a grid makes what the
+others find in the cache.
+
+Where edits were measured more than once along the way, three tables follow: efficacy over all edits so far and the ratio of
+perplexity, by the number of edits; and the number of edits at which a run was first seen collapsed, with perplexity doubled or
+efficacy below one half (from the first point on: it never took), and the seconds an edit in the first and the last tenth of the
+operations.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from benchmarks.claims import PERPLEXITY, shares_left
+from benchmarks.output import write
 from rect_lightning.reports.reading import read_grid
-from rect_lightning.reports.results import Results, Row, lower_is_better
+from rect_lightning.reports.results import Results, Row, lower_is_better, mean_over_edits
 
 METRICS = {
     "efficacy": "efficacy/probability",
@@ -35,26 +40,27 @@ METRICS = {
     "unchanged": "locality/unchanged",
 }
 """Columns, and the metrics of the edits that stand in them."""
-ABILITIES, SECONDS, MEMORY = "abilities", "s an edit", "memory, GB"
+ABILITIES, SECONDS, MEMORY = "abilities", "s an edit", "peak of the run, GB"
+SUMMARY = (*METRICS, ABILITIES, PERPLEXITY, SECONDS, MEMORY)
 DOUBLED, HALF = 2.0, 0.5
 """The ratio of perplexity and the efficacy at which a run counts as collapsed."""
 
-Values = dict[str, float]
 Rows = Sequence[Row]
+Told = dict[str, str]
 
 
-def summary(rows: Rows) -> Values:
-    """The columns of one cell."""
+def summary(rows: Rows) -> Told:
+    """The columns of one cell, those of `SUMMARY` that were measured."""
     after = {row.name: row.value for row in rows if row.source == "after"}
-    found = {column: after[name] for column, name in METRICS.items() if name in after}
+    found = {column: f"{after[name]:.3f}" for column, name in METRICS.items() if name in after}
     if left := [[*shares.values()][-1] for name, shares in shares_left(rows).items() if not lower_is_better(name)]:
-        found[ABILITIES] = fmean(left)
+        found[ABILITIES] = f"{fmean(left):.2f}"
     if ratios := perplexity_ratios(rows):
-        found[PERPLEXITY] = ratios[max(ratios)]
-    if seconds := seconds_per_edit(rows):
-        found[SECONDS] = fmean(seconds)
+        found[PERPLEXITY] = _ratio(ratios[max(ratios)])
+    if operations := _operations(rows):
+        found[SECONDS] = f"{mean_over_edits(operations):.3g}"
     if memory := [row.value for row in rows if row.source == "cost" and row.name == "peak_memory/host"]:
-        found[MEMORY] = max(memory) / 1e9
+        found[MEMORY] = f"{max(memory) / 1e9:.2f}"
     return found
 
 
@@ -63,53 +69,50 @@ def perplexity_ratios(rows: Rows) -> dict[int, float]:
     for name, ratios in shares_left(rows).items():
         if lower_is_better(name):
             return ratios
-    before = [row.value for row in rows if row.source == "before" and lower_is_better(row.name)]
-    after = [row for row in rows if row.source == "after" and lower_is_better(row.name)]
-    return {row.edits or 0: row.value / clean for clean, row in zip(before, after, strict=True)}
+    before = {row.name: row.value for row in rows if row.source == "before" and lower_is_better(row.name)}
+    after = [row for row in rows if row.source == "after" and before.get(row.name)]
+    return {row.edits or 0: row.value / before[row.name] for row in after[:1]}
 
 
 def efficacies(rows: Rows) -> dict[int, float]:
-    """Efficacy over all edits so far, by their number."""
-    return {
-        row.edits: row.value
-        for row in rows
-        if row.source == "edits" and row.name == METRICS["efficacy"] and row.edits  # of no edit there is none
-    }
+    """Efficacy over all edits so far, by their number; of no edit there is none."""
+    found = {row.edits or 0: row.value for row in rows if row.source == "edits" and row.name == METRICS["efficacy"]}
+    return {edits: value for edits, value in sorted(found.items()) if edits}
 
 
-def seconds_per_edit(rows: Rows) -> list[float]:
-    """Of each operation in turn."""
-    cost = [row for row in rows if row.source == "cost" and row.name == "seconds_per_edit"]
-    return [row.value for row in sorted(cost, key=lambda row: row.edits or 0)]
+def collapse(rows: Rows) -> Told:
+    """Where a run was first seen collapsed, of what was measured, and whether its edits became slower.
 
-
-def collapse(rows: Rows) -> Values:
-    """Where a run was first seen collapsed, and whether its edits became slower.
-
-    A run that never collapsed has no such column.
+    What is no number counts as collapsed.
     """
-    perplexity = [edits for edits, ratio in sorted(perplexity_ratios(rows).items()) if ratio >= DOUBLED]
-    efficacy = [edits for edits, value in sorted(efficacies(rows).items()) if value < HALF]
-    found: Values = {}
-    if perplexity:
-        found["perplexity doubled at"] = perplexity[0]
-    if efficacy:
-        found["efficacy below one half at"] = efficacy[0]
-    if seconds := seconds_per_edit(rows):
-        tenth = max(1, len(seconds) // 10)
-        found["s an edit, first tenth"] = fmean(seconds[:tenth])
-        found["s an edit, last tenth"] = fmean(seconds[-tenth:])
+    found: Told = {}
+    if ratios := perplexity_ratios(rows):
+        found["perplexity doubled at"] = _first(ratios, lambda ratio: ratio < DOUBLED)
+    if values := efficacies(rows):
+        found["efficacy below one half at"] = _first(values, lambda value: value >= HALF)
+    if operations := _operations(rows):
+        tenth = max(1, len(operations) // 10)
+        found[f"{SECONDS}, first tenth"] = f"{mean_over_edits(operations[:tenth]):.3g}"
+        found[f"{SECONDS}, last tenth"] = f"{mean_over_edits(operations[-tenth:]):.3g}"
     return found
 
 
-def along(rows: Rows) -> Values:
-    """Efficacy over all edits so far and the ratio of perplexity, after each number of edits."""
-    found = {f"efficacy, {edits}": value for edits, value in sorted(efficacies(rows).items())}
-    return found | {f"perplexity, {edits}": value for edits, value in sorted(perplexity_ratios(rows).items())}
+def _operations(rows: Rows) -> list[Row]:
+    """Seconds an edit of each operation in turn."""
+    cost = [row for row in rows if row.source == "cost" and row.name == "seconds_per_edit"]
+    return sorted(cost, key=lambda row: row.edits or 0)
+
+
+def _first(values: Mapping[int, float], sound: Callable[[float], bool]) -> str:
+    return next((str(edits) for edits, value in sorted(values.items()) if not sound(value)), "never")
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3g}" if value >= 10 else f"{value:.2f}"
 
 
 def tables(results: Results, by: Sequence[str]) -> list[str]:
-    """The lines of all tables.
+    """The lines of all tables, and how many cells are left out since they are not done.
 
     Raises:
         ValueError: The grid has no such axis.
@@ -126,33 +129,37 @@ def tables(results: Results, by: Sequence[str]) -> list[str]:
     for levels, cells in groups.items():
         if levels:
             lines += [f"**{', '.join(f'{axis}: {level}' for axis, level in zip(by, levels, strict=True))}**", ""]
-        lines += [*_table(cells, summary), ""]
+        found = {name: summary(rows) for name, rows in cells.items()}
+        columns = [column for column in SUMMARY if any(column in told for told in found.values())]
+        lines += [*_table("", columns, found), ""]
         if any(len(efficacies(rows)) > 1 for rows in cells.values()):
-            lines += [*_table(cells, along), "", *_table(cells, collapse), ""]
+            lines += _along(cells)
+    if results.left_out:
+        lines += [f"{results.left_out} cells are not done and left out.", ""]
     return lines
 
 
-def _table(cells: Mapping[str, Rows], summarised: Callable[[Rows], Values]) -> list[str]:
-    found = {name: summarised(rows) for name, rows in cells.items()}
-    columns = list(dict.fromkeys(column for values in found.values() for column in values))
-    lines = ["| " + " | ".join(["", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, values in found.items():
-        lines.append("| " + " | ".join([name, *(_told(column, values.get(column)) for column in columns)]) + " |")
-    return lines
+def _along(cells: Mapping[str, Rows]) -> list[str]:
+    """Tables of what became of the runs as edits were made."""
+    lines: list[str] = []
+    for what, curves, told in (
+        ("efficacy over all edits so far", efficacies, "{:.3f}".format),
+        (PERPLEXITY, perplexity_ratios, _ratio),
+    ):
+        found = {name: {str(n): told(value) for n, value in curves(rows).items()} for name, rows in cells.items()}
+        if columns := sorted({n for values in found.values() for n in values}, key=int):
+            lines += [*_table(what, columns, found), ""]
+    ends = {name: collapse(rows) for name, rows in cells.items()}
+    return [*lines, *_table("", list(dict.fromkeys(name for told in ends.values() for name in told)), ends), ""]
 
 
-def _told(column: str, value: float | None) -> str:
-    if value is None:
-        return "never" if column.endswith(" at") else ""
-    if column.endswith(" at"):
-        return f"{value:.0f}"
-    if value >= 10 or column == SECONDS or column.startswith("s an edit"):
-        return f"{value:.3g}"
-    return (
-        f"{value:.2f}"
-        if column in (ABILITIES, PERPLEXITY, MEMORY) or column.startswith("perplexity")
-        else f"{value:.3f}"
-    )
+def _table(corner: str, columns: Sequence[str], rows: Mapping[str, Told]) -> list[str]:
+    lines = [
+        [corner, *columns],
+        *([name, *(told.get(column, "") for column in columns)] for name, told in rows.items()),
+    ]
+    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    return [head, "|---" * (len(columns) + 1) + "|", *body]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -162,11 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--by", nargs="*", default=[], help="axes whose combinations have a table each")
     parser.add_argument("--out", type=Path, help="file for the tables; printed if not given")
     args = parser.parse_args(arguments)
-    text = "\n".join(tables(read_grid(args.folder), args.by))
-    if args.out:
-        args.out.write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+    write("\n".join(tables(read_grid(args.folder), args.by)), args.out)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,19 @@
     python -m benchmarks.contexts runs/version_0/checkpoints/last.ckpt counterfact.jsonl --count 100
 
 A row for each way of asking: the share of the requests whose answer is the new target and nothing else, and of those whose
-answer begins with it or has it anywhere, in normalised words.
+answer begins with it or has it anywhere, in normalised words; and the answer to the first request.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from statistics import fmean
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import rect_lightning
+from benchmarks.output import write
 from rect_lightning.data.readers import parse_requests
 from rect_lightning.metrics.generation import normalised_words
 from rect_lightning.metrics.wild import FreeAnswer, Wild, free_answers
@@ -38,7 +38,7 @@ def ways(tokenizer: PreTrainedTokenizerBase) -> dict[str, Wild]:
 def holds(answer: FreeAnswer) -> bool:
     """Whether the target's words stand in the answer, one after the other."""
     words, wanted = normalised_words(answer.text), normalised_words(answer.target)
-    return any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
+    return bool(wanted) and any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,12 +61,13 @@ def main(arguments: list[str] | None = None) -> None:
             fmean(answer.begins for answer in answers),
             fmean(holds(answer) for answer in answers),
         )
-        lines.append(f"| {name} | " + " | ".join(f"{share:.3f}" for share in shares) + f" | {answers[0].text} |")
+        lines.append(
+            f"| {name} | "
+            + " | ".join(f"{share:.3f}" for share in shares)
+            + f" | {answers[0].text.replace('|', ' ')} |"
+        )
     text = "\n".join(lines) + "\n"
-    if args.out:
-        args.out.write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+    write(text, args.out)
 
 
 if __name__ == "__main__":

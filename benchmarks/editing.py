@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.output import write
+
 COLUMNS = {
     "efficacy": "efficacy/probability",
     "exact": "efficacy/exact",
@@ -94,10 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     found = {name: run(name, variant, args) for name, variant in VARIANTS.items() if not args.only or name in args.only}
     text = table(found, Path(args.prose).stem) + f"\n\nOn {platform.processor() or platform.machine()}.\n"
-    if args.out:
-        args.out.write_text(text)
-    else:
-        sys.stdout.write(text)
+    write(text, args.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
@@ -19,6 +18,7 @@ from time import perf_counter
 import torch
 
 from benchmarks.machine import description
+from benchmarks.output import write
 from benchmarks.speed import load
 from rect_lightning.models import Adapter
 from rect_lightning.tasks import PromptTask, Task, TaskResult, measure, named
@@ -110,10 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = "\n".join(lines) + "\n"
     if args.outputs:
         args.outputs.write_text("".join(f"{line}\n" for line in outputs), encoding="utf-8")
-    if args.out:
-        args.out.write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+    write(text, args.out)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ HEADER = "editor,requests,edits,source,name,value,low,high,n,unparseable"
 
 
 def tables(text):
-    """The rows of each table in a text, without headers: names and cells."""
+    """The rows of each table in a text: cells by the names of their columns."""
     groups, rows = [], []
     for line in [*text.splitlines(), ""]:
         if line.startswith("|"):
@@ -189,32 +189,44 @@ def tables(text):
     return groups
 
 
+def compared(tmp_path, capsys, rows, *options):
+    """What is written about the rows of a grid."""
+    (tmp_path / "table.csv").write_text("\n".join([HEADER, *rows]) + "\n")
+    comparison.main([str(tmp_path), *options])
+    return capsys.readouterr().out
+
+
 def test_a_comparison_says_what_is_left(tmp_path, capsys):
-    rows = [HEADER]
-    for edits, gsm8k, sst2, perplexity in ((0, 0.5, 0.8, 20), (10, 0.4, 0.8, 22)):
+    rows = []
+    for edits, gsm8k, sst2, perplexity in ((10, 0.4, 0.8, 300), (0, 0.5, 0.8, 20), (5, 0.1, 0.1, 40)):
         rows += [f"ROME,10,{edits},task,gsm8k/paper,{gsm8k},,,,", f"ROME,10,{edits},task,sst2/paper,{sst2},,,,"]
-        rows += [f"ROME,10,{edits},task,perplexity/prose,{perplexity},,,,"]
+        rows += [f"ROME,10,{edits},task,perplexity/prose,{perplexity},,,,", f"ROME,10,{edits},task,nq/paper,0,,,,"]
+    rows += ["ROME,10,10,task,rte/paper,0.9,,,,"]  # not measured at 0 edits
     for metric, value in (("efficacy/probability", 0.9), ("efficacy/wild", 0.05), ("locality/unchanged", 0.75)):
         rows += [f"ROME,10,0,before,{metric},0,,,,", f"ROME,10,10,after,{metric},{value},,,,"]
-    rows += ["ROME,10,10,edits,efficacy/probability,0.9,,,,"]  # measured once: no curve
-    rows += [f"ROME,10,{n},cost,seconds_per_edit,{n},,,1," for n in (1, 2)]
-    rows += ["ROME,10,10,cost,peak_memory/host,2.5e9,,,,"]
-    rows += ["KN,10,0,before,perplexity/prose,20,,,,", "KN,10,10,after,perplexity/prose,50,,,,"]
+    rows += [f"ROME,10,{n},edits,efficacy/probability,0.9,,,," for n in (0, 10)]  # of no edit there is no efficacy
+    rows += ["ROME,10,2,cost,seconds_per_edit,3,,,2,", "ROME,10,3,cost,seconds_per_edit,9.7,,,1,"]
+    rows += [f"ROME,10,10,cost,peak_memory/host,{most},,,," for most in ("2.5e9", "1e9")]
+    rows += ["KN,10,0,before,perplexity/prose,20,,,,", "KN,10,0,before,perplexity/code,10,,,,"]
+    rows += ["KN,10,10,after,perplexity/code,15,,,,", "KN,10,10,after,perplexity/prose,50,,,,"]
+    rows += [
+        "FT,10,10,after,perplexity/prose,50,,,,",
+        "FT,10,10,task,sst2/paper,0.5,,,,",
+    ]  # of which there is no before
     rows += ["KN,1,0,before,efficacy/exact,0,,,,", "KN,1,1,after,efficacy/exact,0.5,,,,"]
-    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
-    comparison.main([str(tmp_path), "--by", "requests"])
-    text = capsys.readouterr().out
+    rows += ["MEMIT,1,1,edits,efficacy/exact,0.5,,,,"]  # under way
+    text = compared(tmp_path, capsys, rows, "--by", "requests")
     assert text.index("**requests: 10**") < text.index("**requests: 1**")
+    assert text.rstrip().endswith("1 cells are not done and left out.")
     ten, one = tables(text)
+    empty = dict.fromkeys(ten[0], "")
     assert ten == [
         {
             "": "ROME", "efficacy": "0.900", "free": "0.050", "unchanged": "0.750", "abilities": "0.90",
-            "perplexity, ratio": "1.10", "s an edit": "1.5", "memory, GB": "2.50",
+            "perplexity, ratio": "15", "s an edit": "5.23", "peak of the run, GB": "2.50",
         },
-        {
-            "": "KN", "efficacy": "", "free": "", "unchanged": "", "abilities": "",
-            "perplexity, ratio": "2.50", "s an edit": "", "memory, GB": "",
-        },
+        {**empty, "": "KN", "perplexity, ratio": "1.50"},
+        {**empty, "": "FT"},
     ]  # fmt: skip
     assert one == [{"": "KN", "exact": "0.500"}]
     with pytest.raises(ValueError, match="no axis protocol; there are editor, requests"):
@@ -222,41 +234,67 @@ def test_a_comparison_says_what_is_left(tmp_path, capsys):
 
 
 def test_a_long_run_says_where_it_collapsed(tmp_path, capsys):
-    rows = [HEADER]
-    for editor, efficacies, perplexities in (
-        ("MEMIT", (0.9, 0.4, 0.6), (30, 39, 40)),  # perplexity doubles at exactly twice that of the clean model
-        ("AlphaEdit", (0.9, 0.9, 0.5), (20, 20, 20)),  # one half is not below one half
+    rows = []
+    for editor, points, efficacies, perplexities in (
+        ("MEMIT", (10, 20, 30), (0.9, 0.4, 0.6), (30, 39, 40)),  # twice is doubled
+        ("AlphaEdit", (5, 20, 30), (0.9, 0.9, 0.5), (20, 20, 20)),  # one half is not below one half
+        ("KN", (10, 20, 30), ("nan", 0.9, 0.9), (20, "nan", 20)),
     ):
         rows += [f"{editor},30,0,task,perplexity/prose,20,,,,", f"{editor},30,30,after,efficacy/probability,0.6,,,,"]
-        for edits, efficacy, perplexity in zip((10, 20, 30), efficacies, perplexities, strict=True):
+        for edits, efficacy, perplexity in zip(points, efficacies, perplexities, strict=True):
             rows += [f"{editor},30,{edits},edits,efficacy/probability,{efficacy},,,,"]
             rows += [f"{editor},30,{edits},task,perplexity/prose,{perplexity},,,,"]
-        rows += [
-            f"{editor},30,{n},cost,seconds_per_edit,{0.5 if n < 29 else 0.25},,,1," for n in reversed(range(1, 31))
-        ]
-    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
-    comparison.main([str(tmp_path)])
-    ends, along, collapsed = tables(capsys.readouterr().out)
-    assert [row["perplexity, ratio"] for row in ends] == ["2.00", "1.00"]
-    assert along[0] == {
-        "": "MEMIT, 30", "efficacy, 10": "0.900", "efficacy, 20": "0.400", "efficacy, 30": "0.600",
-        "perplexity, 10": "1.50", "perplexity, 20": "1.95", "perplexity, 30": "2.00",
-    }  # fmt: skip
-    seconds = {"s an edit, first tenth": "0.5", "s an edit, last tenth": "0.333"}
-    assert collapsed == [
-        {"": "MEMIT, 30", "perplexity doubled at": "30", "efficacy below one half at": "20", **seconds},
-        {"": "AlphaEdit, 30", "perplexity doubled at": "never", "efficacy below one half at": "never", **seconds},
+        if editor == "MEMIT":
+            rows += [
+                f"MEMIT,30,{n},cost,seconds_per_edit,{0.5 if n < 29 else 0.25},,,1," for n in reversed(range(1, 31))
+            ]
+    rows += ["ROME,30,30,after,efficacy/probability,0.6,,,,"]  # nothing along the way
+    ends, efficacy, perplexity, collapsed = tables(compared(tmp_path, capsys, rows))
+    assert [row["perplexity, ratio"] for row in ends] == ["2.00", "1.00", "1.00", ""]
+    named = "efficacy over all edits so far"
+    assert efficacy[:2] == [
+        {named: "MEMIT, 30", "5": "", "10": "0.900", "20": "0.400", "30": "0.600"},
+        {named: "AlphaEdit, 30", "5": "0.900", "10": "", "20": "0.900", "30": "0.500"},
+    ]
+    assert perplexity[0] == {"perplexity, ratio": "MEMIT, 30", "5": "", "10": "1.50", "20": "1.95", "30": "2.00"}
+    told = [tuple(row.values()) for row in collapsed]
+    assert [*collapsed[0]] == [
+        "", "perplexity doubled at", "efficacy below one half at", "s an edit, first tenth", "s an edit, last tenth"
+    ]  # fmt: skip
+    assert told == [
+        ("MEMIT, 30", "30", "20", "0.5", "0.333"),
+        ("AlphaEdit, 30", "never", "never", "", ""),
+        ("KN, 30", "20", "10", "", ""),  # what is no number is no sound model
+        ("ROME, 30", "", "", "", ""),
     ]
 
 
-def test_free_answers_under_several_instructions(folder, capsys):
+def test_free_answers_under_several_instructions(folder, capsys, monkeypatch):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+    tokenizer.save_pretrained(folder)
     requests = folder / "facts.jsonl"
-    facts = [{"prompt": "{} is", "subject": name, "target_new": "red"} for name in ("sky", "sea")]
+    facts = [{"prompt": "{} is", "subject": name, "target_new": "red"} for name in ("sky", "sea", "sun")]
     requests.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
-    contexts.main([str(folder), str(requests)])
+    asked = []
+
+    def answers(adapter, prompts, targets, wild):
+        asked.append(wild.ask(prompts[0]))
+        return [contexts.FreeAnswer(text, target) for text, target in zip(("red|", "Not red"), targets, strict=True)]
+
+    monkeypatch.setattr(contexts, "free_answers", answers)
+    contexts.main([str(folder), str(requests), "--count", "2"])
     (rows,) = tables(capsys.readouterr().out)
-    assert [row["asked by"] for row in rows] == ["instruction", "prompt alone", "prompt alone, up to a comma"]
-    assert all(0 <= float(row["exact"]) <= float(row["begins"]) <= float(row["holds"]) <= 1 for row in rows)
+    assert asked == [
+        "Please answer the question:\n\nQ: sky is\nA:",
+        "<user>Please answer the question:\n\nQ: sky is<assistant>",
+        "sky is",
+        "sky is",
+    ]
+    assert [row.pop("asked by") for row in rows] == [
+        "instruction", "instruction, as a chat", "prompt alone", "prompt alone, up to a comma"
+    ]  # fmt: skip
+    assert rows == [{"exact": "0.500", "begins": "0.500", "holds": "1.000", "such as": "red"}] * 4
 
 
 @pytest.mark.parametrize(
@@ -264,3 +302,7 @@ def test_free_answers_under_several_instructions(folder, capsys):
 )
 def test_an_answer_holds_its_target_as_words(answer, expected):
     assert contexts.holds(contexts.FreeAnswer(answer, "New York")) is expected
+
+
+def test_no_answer_holds_a_target_of_which_nothing_is_left():
+    assert not contexts.holds(contexts.FreeAnswer("The", "the"))

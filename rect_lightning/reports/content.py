@@ -131,8 +131,9 @@ def _trade_off(results: Results, by: Grouping) -> Figure | None:
             panels.append(
                 Panel(kind="points", title=title, x_label=score, y_label="ability kept", series=tuple(series))
             )
-    points = [(x, y) for panel in panels for one in panel.series for x, y in zip(one.x, one.y, strict=True)]
-    x_range, y_range = ((min(values), max(values)) for values in zip(*points, strict=True)) if points else (None, None)
+    series = [one for panel in panels for one in panel.series]
+    x_range = _range(v for one in series for v in (*one.x, *one.x_low, *one.x_high))
+    y_range = _range(v for one in series for v in (*one.y, *one.low, *one.high))
     panels = [replace(panel, x_range=x_range, y_range=y_range) for panel in panels]
     tasks = ", ".join(name.split("/")[0] for name in results.main_scores) or "perplexity"
     caption = (
@@ -147,6 +148,11 @@ def _trade_off(results: Results, by: Grouping) -> Figure | None:
         caption=_noted(caption, results, panels),
         panels=tuple(panels),
     )
+
+
+def _range(values: Iterable[float | None]) -> tuple[float, float] | None:
+    finite = [value for value in values if value is not None and isfinite(value)]
+    return (min(finite), max(finite)) if finite else None
 
 
 def _editing(results: Results, by: Grouping, group: str) -> list[Figure]:

@@ -154,8 +154,15 @@ def _text_width(text: str) -> float:
 
 
 def _title_size(title: str) -> float:
-    """The size at which a title, if it is long, does not run into the next panel."""
-    return min(_TEXT + 1, (WIDTH - 12) / (0.6 * max(1, len(title))))
+    """The size at which a long title does not run into the next panel."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    size = _TEXT + 1
+    if not title.strip():
+        return size
+    width = TextPath((0, 0), title, size=size, prop=FontProperties(weight="bold")).get_extents().width
+    return float(size * min(1, 0.95 * (WIDTH - 4) / width))  # small letters are drawn a little wider
 
 
 def _style(series: Series) -> dict[str, Any]:

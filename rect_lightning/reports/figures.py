@@ -62,8 +62,9 @@ class Panel:
     percent: bool = False
     """y is told in per cent."""
     x_range: tuple[float, float] | None = None
-    """The least and the largest x that points should find room for, also those of other panels; None for its own."""
+    """The least and the largest x, of points and intervals, that the axis has room for; None for those of its own series."""
     y_range: tuple[float, float] | None = None
+    """The same of y."""
 
     @property
     def bare(self) -> bool:

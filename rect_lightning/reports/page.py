@@ -21,7 +21,7 @@ from rect_lightning.reports.content import PERPLEXITY, seeds_told
 from rect_lightning.reports.content import figures as figures_of
 from rect_lightning.reports.figures import Figure
 from rect_lightning.reports.reading import read
-from rect_lightning.reports.results import Results, Row, lower_is_better
+from rect_lightning.reports.results import Results, Row, lower_is_better, mean_over_edits
 
 _log = logging.getLogger(__name__)
 
@@ -203,10 +203,8 @@ def _cells(results: Results) -> dict[str, Any]:
 
 def _cost(rows: list[Row]) -> Row:
     """The mean over all edits; of memory in GB."""
-    counts = [row.n or 1 for row in rows]
-    mean = sum(row.value * n for row, n in zip(rows, counts, strict=True)) / sum(counts)
     scale = 1 if _unit(rows[0].name) == rows[0].name else 1e-9
-    return replace(rows[-1], value=mean * scale, low=None, high=None)
+    return replace(rows[-1], value=mean_over_edits(rows) * scale, low=None, high=None)
 
 
 def _unit(name: str) -> str:

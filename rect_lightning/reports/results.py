@@ -115,6 +115,12 @@ def _ends(rows: Sequence[Row]) -> tuple[Row, Row] | None:
     return (rows[0], rows[-1]) if rows and rows[0].edits == 0 and rows[-1].edits else None
 
 
+def mean_over_edits(rows: Sequence[Row]) -> float:
+    """The mean over all edits of values that are each of one operation, of ``n`` edits or one."""
+    counts = [row.n or 1 for row in rows]
+    return sum(row.value * n for row, n in zip(rows, counts, strict=True)) / sum(counts)
+
+
 def _share(before: Row, after: Row) -> float:
     return before.value / after.value if lower_is_better(after.name) else after.value / before.value
 
