@@ -279,15 +279,23 @@ def test_the_comparison_of_editors():
         options = cell.config["model"]["init_args"]
         assert cell.config["model"]["class_path"] == own["class_path"]
         assert {key for key in options if options[key] != own["init_args"].get(key)} <= (
-            {"mode", "reuse_clean", "wild"} | ({"moments", "key"} if editor == "R-ROME" else set())
+            {"mode", "reuse_clean", "wild"} | {"R-ROME": {"moments", "key"}, "EMMET": {"ridge"}}.get(editor, set())
         )
         assert (options["mode"], data["limit"]) == (
-            ("single", 100) if requests == "1" else ("sequential", int(requests))
+            ("single", 50) if requests == "1" else ("sequential", int(requests))
         )
         assert size == {"one by one": 1, "batches of 10": 10, "one batch": 100}[protocol]
         names = [callback["class_path"].rpartition(".")[2] for callback in cell.config["trainer"]["callbacks"]]
         assert names == (["SideEffects"] if requests != "1" else []) + (["RECT"] if regulariser != "none" else [])
         assert size == 1 or "ROME" not in editor
+        assert protocol != "batches of 10" or editor == "UltraEdit"
+
+
+@pytest.mark.parametrize("name", ["comparison_smollm2.yaml", "regularise_smollm2.yaml"])
+def test_no_two_editors_of_a_grid_are_one(name):
+    """EMMET with a ridge as large as MEMIT's weight of the moments makes the same updates."""
+    options = {cell.levels["editor"]: cell.config["model"]["init_args"] for cell in Grid.load(name).cells()}
+    assert options["EMMET"]["ridge"] != options["MEMIT"]["moments_weight"]
 
 
 def test_the_documentation_s_grid():
