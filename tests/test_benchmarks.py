@@ -172,6 +172,8 @@ def test_claims_of_fewer_seeds_say_so_and_of_no_cell_are_refused(tmp_path, capsy
     (tmp_path / "table.csv").write_text(f"{header}\n")
     with pytest.raises(ValueError, match=r"table\.csv has nothing to report: no cell in it is done"):
         claims.main([str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match=r"There is no .*elsewhere/table\.csv: name the folder of a grid"):
+        claims.main([str(tmp_path / "elsewhere")])
 
 
 HEADER = "editor,requests,edits,source,name,value,low,high,n,unparseable"

@@ -37,9 +37,12 @@ def read_grid(path: Path) -> Results:
     """The results of all cells of a grid that are done, which have measured what they came to.
 
     Raises:
+        FileNotFoundError: There is no table in this folder, or no folder.
         ValueError: The table is broken, or no cell in it is done.
     """
     file = path / "table.csv"
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no {file}: name the folder of a grid that has been run.")
     lines = read_csv(file, COLUMNS)
     axes = tuple(list(lines[0])[: -len(COLUMNS)]) if lines else ()
     found = (_row(f"{file}, line {number}", line, axes) for number, line in enumerate(lines, 2))
