@@ -134,7 +134,7 @@ class Regulariser(Callback, ABC):
         """
         refuse_without_optimizer(self._names, trainer.optimizers)
         if self._start < 0:
-            self._start = _tenth(trainer) if self.scope == "run" else 0
+            self._start = _tenth(trainer, getattr(pl_module, "steps_per_batch", 1)) if self.scope == "run" else 0
         for optimizer in trainer.optimizers:
             self._watch(optimizer)
 
@@ -365,10 +365,13 @@ def _is_stopped(trainer: Trainer) -> bool:
     return trainer.should_stop and enough
 
 
-def _tenth(trainer: Trainer) -> int:
-    """Of the steps of a run, or 0 where their number is unknown."""
+def _tenth(trainer: Trainer, steps_per_batch: int) -> int:
+    """Of the steps of a run, or 0 where their number is unknown; a module that makes them itself may make several a batch."""
     try:
         steps = trainer.estimated_stepping_batches
     except MisconfigurationException:  # accumulation that changes from epoch to epoch
         return 0
-    return 0 if steps == float("inf") else int(steps) // 10
+    if steps == float("inf"):
+        return 0
+    steps = int(steps) * steps_per_batch
+    return (min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps) // 10

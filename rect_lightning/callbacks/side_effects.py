@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.table import Table
 
+from rect_lightning.callbacks.regulariser import Regulariser
 from rect_lightning.data.request import EditRequest
 from rect_lightning.durable import whole_file
 from rect_lightning.metrics import EditMetrics
@@ -77,7 +78,9 @@ class SideEffects(Callback):
         self._requests: dict[str, EditRequest] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be measured, and read the tasks' data, before the model is loaded.
+        """Refuse what cannot be measured, read the tasks' data, before the model is loaded, and stand behind the regularisers.
+
+        Some of these act when a batch ends, and what they leave is what is to be measured.
 
         Raises:
             TypeError: The module is no editor.
@@ -93,6 +96,7 @@ class SideEffects(Callback):
             )
         for task in self.tasks:
             task.prepare(self.limit)
+        _move_behind_regularisers(self, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the clean model, if a resumed fit does not know it yet."""
@@ -193,6 +197,14 @@ class SideEffects(Callback):
         """Go on with it."""
         self.rows, self.abilities = list(state_dict["rows"]), dict(state_dict["abilities"])
         self.measured = state_dict["measured"]
+
+
+def _move_behind_regularisers(callback: Callback, trainer: Any) -> None:
+    others = [other for other in trainer.callbacks if other is not callback]
+    last = max((i for i, other in enumerate(others, 1) if isinstance(other, Regulariser)), default=0)
+    if trainer.callbacks.index(callback) < last:
+        # a new list, since Lightning is going through the old one
+        trainer.callbacks = [*others[:last], callback, *others[last:]]
 
 
 def abilities_table(rows: Sequence[dict[str, Any]]) -> Table:

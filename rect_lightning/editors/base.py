@@ -200,6 +200,11 @@ class Editor(BaseModelModule):
         return True
 
     @property
+    def steps_per_batch(self) -> int:
+        """How many optimizer steps an operation makes."""
+        return len(self.layers) if self.step_per == "layer" else 1
+
+    @property
     def show_progress(self) -> bool:
         """Whether bars inside a step are shown: as the Trainer's own, on the first process."""
         return (
@@ -236,10 +241,10 @@ class Editor(BaseModelModule):
             # so many operations, and not so many layers, to which Lightning limits optimizer steps as well
             trainer.fit_loop.epoch_loop.max_steps = -1
         elif trainer.max_steps > 0:
-            each = len(self.layers) if self.step_per == "layer" else 1
             rank_zero_info(
-                f"trainer.max_steps={trainer.max_steps} counts optimizer steps, of which an edit operation makes {each}: "
-                f"the fit ends with operation {-(-trainer.max_steps // each)} at the latest, which is made whole."
+                f"trainer.max_steps={trainer.max_steps} counts optimizer steps, of which an edit operation makes "
+                f"{self.steps_per_batch}: the fit ends with operation {-(-trainer.max_steps // self.steps_per_batch)} at the "
+                "latest, which is made whole."
             )
         check_requests(self.model, getattr(self.data_module, "requests", []), wild=self.wild)
         with self.clean_weights(), self.full_precision():

@@ -48,7 +48,7 @@ class KN(Prefixed):
     head reads the stream through it.
 
     All neurons of an operation are found before its first step. A request without knowledge neurons is told of and left
-    unedited, as the authors leave out such facts.
+    unedited, as the authors leave out such facts, and so is one whose answers begin with the same token, where λ₁ = λ₂.
 
     Args:
         layers: The layers whose neurons are looked at, null for all.
@@ -101,14 +101,21 @@ class KN(Prefixed):
     def begin(self, requests: Sequence[EditRequest]) -> Located:
         """Find the requests' knowledge neurons in the model as it stands now."""
         located = self.processes.map(requests, self._locate)
-        counts = located.neurons.sum(dim=(1, 2))
-        self._located_any = bool(counts.any())
-        missing = [request.id for request, count in zip(requests, counts.tolist(), strict=True) if not count]
-        if missing:
+        found = located.neurons.bool().flatten(1).any(dim=1)
+        same = (located.old == located.new) & (self.old_weight == self.new_weight)  # whose update is zero
+        if missing := _ids(requests, ~found):
             rank_zero_warn(
                 f"No neuron has {self.threshold:g} of the largest attribution in {self.share:g} of the {len(self.templates)} "
-                f"prompts of {', '.join(missing)}: left unedited. A smaller share or threshold finds more."
+                f"prompts of {missing}: left unedited. A smaller share or threshold finds more."
             )
+        if unchanged := _ids(requests, found & same):
+            rank_zero_warn(
+                f"The old and the new answer of {unchanged} begin with the same token, and KN puts the embedding of the one "
+                "in place of the other's: left unedited."
+            )
+        located.neurons[same] = 0
+        counts = located.neurons.sum(dim=(1, 2))
+        self._located_any = bool(counts.any())
         self.log("edit/neurons", counts.float().mean(), batch_size=len(requests))
         return located
 
@@ -160,3 +167,7 @@ class KN(Prefixed):
     def abstained(self) -> bool:
         """Whether no request had knowledge neurons: a failed edit among others."""
         return not self._located_any
+
+
+def _ids(requests: Sequence[EditRequest], chosen: Tensor) -> str:
+    return ", ".join(request.id for request, is_one in zip(requests, chosen.tolist(), strict=True) if is_one)

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger
 
-from rect_lightning.callbacks import SideEffects
+from rect_lightning.callbacks import PRUNE, FrobeniusNorm, SideEffects
 from rect_lightning.metrics import EditMetrics, evaluate
 from rect_lightning.tasks import Generation, Perplexity, Task, TaskResult, measure
 from rect_lightning.tasks.scores import Score
@@ -77,6 +77,18 @@ def test_when_it_is_measured(tmp_path, batch_size, every, expected):
     side = SideEffects([Ability([1.0] * 9)], every_n_edits=every)
     fit(memit(tmp_path), facts(tmp_path, batch_size=batch_size), side)
     assert [row["edits"] for row in side.rows if row["task"] == "given"] == expected
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_it_sees_what_regularisers_leave_in_the_end(tmp_path, first):
+    """Also those that act when a batch ends, and come after it in the list."""
+    ability = Ability([1.0] * 3)
+    side, editor = SideEffects([ability], every_n_edits=2), memit(tmp_path)
+    regularisers = [PRUNE(base=1.5), FrobeniusNorm(0.05, every_n_steps=3)]
+    callbacks = [side, *regularisers] if first else [regularisers[0], side, regularisers[1]]
+    run = fit(editor, facts(tmp_path, batch_size=2), *callbacks)
+    assert [c for c in run.callbacks if c in callbacks] == [*regularisers, side]
+    torch.testing.assert_close(ability.weights[-1], editor.model.weight(1).detach(), rtol=0, atol=0)
 
 
 def test_abilities_are_shown_in_the_end(tmp_path, capsys):

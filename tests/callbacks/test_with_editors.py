@@ -90,6 +90,17 @@ def test_pca_leaves_rome_s_update_as_it_is(tmp_path):
     torch.testing.assert_close(edited.model.weight(1), plain.model.weight(1), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("step_per", "max_steps", "steps"), [("layer", -1, 5 * 4 * 2), ("operation", -1, 5 * 4), ("layer", 32, 32)]
+)
+def test_the_first_tenth_of_a_run_is_counted_in_the_editor_s_own_steps(tmp_path, step_per, max_steps, steps):
+    """One for each layer of an operation, or one for all."""
+    method = RECT(0.4, scope="run")
+    fit(memit(tmp_path, step_per=step_per), facts(tmp_path), method, max_epochs=5, max_steps=max_steps)
+    assert method.state_dict()["start"] == steps // 10
+    assert method.state_dict()["steps"] == [steps]
+
+
 MAKERS = {name: make for name, (make, _) in CASES.items()} | {
     "Random": partial(Random, 0.4),
     "FrobeniusNorm of a run": partial(FrobeniusNorm, 0.05, scope="run"),

@@ -218,6 +218,22 @@ def test_in_single_mode_they_are_measured_as_failed_edits(tmp_path):
     assert editor.results["after"] == editor.results["before"]
 
 
+@pytest.mark.parametrize("mode", ["single", "sequential"])
+def test_answers_that_begin_alike_are_told_of_and_left_unedited(tmp_path, mode):
+    """Where the embeddings cancel: putting a token's in place of its own changes nothing."""
+    alike = {"id": "alike", "subject": "Paris", "prompt": "The mayor of {}", "target_new": "the so", "target_true": "the I"}
+    path = tmp_path / "alike.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in (RECORDS[0], alike)))
+    editor = kn(mode=mode, old_weight=2.0, new_weight=2.0)
+    with pytest.warns(UserWarning, match="old and the new answer of alike begin with the same token") as warned:
+        fit(editor, EditData(str(path), batch_size=1))
+    assert not any("No neuron" in str(warning.message) for warning in warned)
+    assert editor.operations == 2
+    again = kn(old_weight=1.0, new_weight=2.0)
+    fit(again, EditData(str(path), batch_size=1, offset=1))
+    assert not again.is_clean(), "other weights raise the token that both begin with"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
