@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Adam, Optimizer
@@ -44,6 +45,14 @@ class _Probes:
         return self.shares[batch.rows]
 
 
+class _Best(ModelCheckpoint):
+    """Goes on with the best one of the run that is resumed, though each run has a folder of its own."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        there = Path(state_dict["best_model_path"]).is_file()
+        super().load_state_dict(state_dict | {"dirpath": self.dirpath} if there else state_dict)
+
+
 class MENDTraining(BaseModelModule):
     """Trains a hypernetwork for `MEND`, by gradient descent through the edits that it makes.
 
@@ -52,9 +61,9 @@ class MENDTraining(BaseModelModule):
     edit runs once, and the edit is added as factors to what the down projections give.
 
     The data's last ``held_out`` requests are validated with and never trained on. `best.ckpt` is the one with the lowest
-    validation loss, and what `MEND` wants. `last.ckpt` is that of the
-    last validation. These take the place of any ModelCheckpoint that the Trainer has. Requests come in
-    the same order in each epoch.
+    validation loss, and what `MEND` wants. `last.ckpt` is that of the last validation. These take the place of any
+    ModelCheckpoint that the Trainer has. Requests come in the same order in each epoch. A training that is resumed has to have
+    the same ones; where nothing in it is better, the best one stays in the folder of the run before.
 
     Args:
         base: The model that is to be edited.
@@ -126,7 +135,7 @@ class MENDTraining(BaseModelModule):
         # a last one of its own: `save_last` waits for the next best
         options: dict[str, Any] = {"enable_version_counter": False}
         return [
-            ModelCheckpoint(monitor="val/loss", filename="best", **options),
+            _Best(monitor="val/loss", filename="best", **options),
             ModelCheckpoint(filename="last", **options),
         ]
 
@@ -254,13 +263,16 @@ class MENDTraining(BaseModelModule):
             "layers": self.layers,
             "base": base_of(self),
             "fingerprint": self.fingerprint,
-            "config": {name: value for name, value in options(self).items() if name != "base"},
+            "config": self._config(),
+            "requests": self._trained_on(),
             "versions": versions(),
             "sha256": None,  # for the writer to fill in
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is a hypernetwork for this model and these layers.
+        """Check that the checkpoint is a hypernetwork for this model and these layers, trained on the same requests.
+
+        Warns of other options.
 
         Raises:
             ValueError: It is not.
@@ -275,6 +287,31 @@ class MENDTraining(BaseModelModule):
                 f"{told['base']['name']} (weights {told['fingerprint'][:12]}), not of rank {self.rank} for the layers "
                 f"{self.layers} of {self.base.name} (weights {self.fingerprint[:12]})."
             )
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self._check_continuation(told)
+
+    def _check_continuation(self, told: dict[str, Any]) -> None:
+        if told["requests"] != self._trained_on():
+            raise ValueError(
+                f"This checkpoint was trained on {len(told['requests'])} requests, and the data as configured have "
+                f"{len(self._trained_on())} to train on, or others, or in another order, so that some may be held out now that "
+                "it has learned. Go on with the same data, order, limit and held_out."
+            )
+        now = self._config()
+        if differ := sorted(name for name in now if told["config"].get(name) != now[name]):
+            rank_zero_warn(
+                f"The configuration is not that of the checkpoint: {', '.join(differ)}. The rest of the training follows the "
+                "new one, but for learning rates, with which Adam goes on as they were."
+            )
+
+    def _trained_on(self) -> list[str]:
+        requests = getattr(self.data_module, "requests", [])
+        return [request.id for request in requests[: len(requests) - getattr(self.data_module, "held_out", 0)]]
+
+    def _config(self) -> dict[str, Any]:
+        """The options that decide what comes of the training."""
+        own = {name: value for name, value in options(self).items() if name != "base"}
+        return own | {"batch_size": getattr(self.data_module, "batch_size", None)}
 
 
 def _product(u: Tensor, delta: Tensor) -> Change:

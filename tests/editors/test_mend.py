@@ -252,6 +252,41 @@ def test_resumed_training_ends_as_an_uninterrupted_one(tmp_path, batches):
     assert identical(resumed.hypernetwork.state_dict(), whole.hypernetwork.state_dict())
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_resumed_training_knows_the_best_one_of_before(tmp_path, caplog, kept):
+    """Which stays where it is while nothing is better, and without it there is another."""
+    first = train(tmp_path, training(), max_epochs=3, default_root_dir=tmp_path / "first")
+    before, resumed = first.checkpoint_callback, training()
+    run = trainer(max_epochs=5, default_root_dir=tmp_path / "second", enable_checkpointing=True)
+    last = tmp_path / "last.ckpt"
+    first.save_checkpoint(last)
+    if not kept:
+        Path(before.best_model_path).unlink()
+    resumed.edit_weight = 1e6  # so that every loss to come is larger
+    with caplog.at_level("INFO"):
+        run.fit(resumed, datamodule=data(tmp_path, held_out=8), ckpt_path=last)
+    best = run.checkpoint_callback.best_model_path
+    assert f"lowest validation loss is in {best}" in caplog.text
+    assert Path(best).is_file()
+    assert (best == before.best_model_path) == kept
+    assert (run.checkpoint_callback.best_model_score == before.best_model_score) == kept
+
+
+def test_training_goes_on_with_the_same_requests_and_tells_of_other_options(tmp_path):
+    train(tmp_path, training(), max_epochs=1).save_checkpoint(tmp_path / "first.ckpt")
+
+    def go_on(module, **options):
+        run = trainer(max_epochs=2, default_root_dir=tmp_path)
+        run.fit(module, datamodule=data(tmp_path, **{"held_out": 8} | options), ckpt_path=tmp_path / "first.ckpt")
+
+    for options in ({"held_out": 7}, {"shuffle": False}, {"offset": 1, "held_out": 7}):
+        module = training()
+        with pytest.raises(ValueError, match="trained on 32 requests, and the data as configured have"):
+            go_on(module, **options)
+    with pytest.warns(UserWarning, match=r"not that of the checkpoint: batch_size, lr\..* Adam goes on as they were"):
+        go_on(training(lr=1e-7), batch_size=4)
+
+
 def test_resumed_edits_end_with_the_weights_of_an_uninterrupted_fit(trained, tmp_path):
     folder, best, family, _ = trained
 
