@@ -137,7 +137,7 @@ def test_training_reduces_the_loss_on_requests_it_has_not_seen(trained):
 
 @pytest.mark.parametrize("trained", ["llama"], indirect=True)  # the other is trained for two epochs only
 @pytest.mark.parametrize("mode", ["single", "sequential"])
-def test_edits_hold_and_leave_other_prompts_alone(trained, mode):
+def test_edits_of_unseen_requests_hold(trained, mode):
     folder, best, family, _ = trained
     editor = mend(best, family, mode=mode)
     unseen = {"offset": 32, "limit": 8} if mode == "single" else {"offset": 32, "limit": 1}
