@@ -33,6 +33,8 @@ class FineTuning(Editor):
     LoRA   target     null      with a ``rank``: ``ΔW = B A`` (Hu et al. 2022, arXiv 2106.09685, unscaled: α = r)
     =====  =========  ========  ======================================================================================
 
+    LoRA needs no peft here: of a few down projections it is these two factors, and what regularisers are to see is ΔW.
+
     All requests of an operation are one batch of Adam's; public code takes them in several. Only weights are trained, no
     biases, and in fp32 whatever the Trainer's precision. Several layers are trained together, once an operation. So with
     ``step_per: layer`` their updates are applied in turn, but a later layer does not make up for what a regulariser left out of

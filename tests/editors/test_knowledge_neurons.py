@@ -221,7 +221,13 @@ def test_in_single_mode_they_are_measured_as_failed_edits(tmp_path):
 @pytest.mark.parametrize("mode", ["single", "sequential"])
 def test_answers_that_begin_alike_are_told_of_and_left_unedited(tmp_path, mode):
     """Where the embeddings cancel: putting a token's in place of its own changes nothing."""
-    alike = {"id": "alike", "subject": "Paris", "prompt": "The mayor of {}", "target_new": "the so", "target_true": "the I"}
+    alike = {
+        "id": "alike",
+        "subject": "Paris",
+        "prompt": "The mayor of {}",
+        "target_new": "the so",
+        "target_true": "the I",
+    }
     path = tmp_path / "alike.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in (RECORDS[0], alike)))
     editor = kn(mode=mode, old_weight=2.0, new_weight=2.0)
