@@ -4,7 +4,8 @@
     python -m benchmarks.comparison runs/comparison_smollm2 --by requests protocol --out comparison.md
     python -m benchmarks.comparison runs/long_runs_smollm2
 
-One table for each combination of levels of the axes in --by, a row a cell. Editing metrics are of all requests in the end.
+One table for each combination of levels of the axes in --by, a row a cell. Editing metrics are of all requests in the end, and
+in the first row those of the clean model, where it is asked the same in all cells.
 "abilities" and "perplexity, ratio" are of the last point at which tasks were measured: the mean over the tasks of the main
 score as a share of the one at 0 edits, without perplexity and tasks of which the clean model can do nothing; and perplexity
 over that at 0 edits, or after over before all edits where it was no task. "s an edit" is the mean over all edits. "peak of the
@@ -51,8 +52,7 @@ Told = dict[str, str]
 
 def summary(rows: Rows) -> Told:
     """The columns of one cell, those of `SUMMARY` that were measured."""
-    after = {row.name: row.value for row in rows if row.source == "after"}
-    found = {column: f"{after[name]:.3f}" for column, name in METRICS.items() if name in after}
+    found = _edit_metrics(rows, "after")
     if left := [[*shares.values()][-1] for name, shares in shares_left(rows).items() if not lower_is_better(name)]:
         found[ABILITIES] = f"{fmean(left):.2f}"
     if ratios := perplexity_ratios(rows):
@@ -62,6 +62,11 @@ def summary(rows: Rows) -> Told:
     if memory := [row.value for row in rows if row.source == "cost" and row.name == "peak_memory/host"]:
         found[MEMORY] = f"{max(memory) / 1e9:.2f}"
     return found
+
+
+def _edit_metrics(rows: Rows, source: str) -> Told:
+    values = {row.name: row.value for row in rows if row.source == source}
+    return {column: f"{values[name]:.3f}" for column, name in METRICS.items() if name in values}
 
 
 def perplexity_ratios(rows: Rows) -> dict[int, float]:
@@ -130,6 +135,9 @@ def tables(results: Results, by: Sequence[str]) -> list[str]:
         if levels:
             lines += [f"**{', '.join(f'{axis}: {level}' for axis, level in zip(by, levels, strict=True))}**", ""]
         found = {name: summary(rows) for name, rows in cells.items()}
+        clean = [_edit_metrics(rows, "before") for rows in cells.values()]
+        if all(clean) and all(told == clean[0] for told in clean):
+            found = {"before": clean[0], **found}
         columns = [column for column in SUMMARY if any(column in told for told in found.values())]
         lines += [*_table("", columns, found), ""]
         if any(len(efficacies(rows)) > 1 for rows in cells.values()):

@@ -198,6 +198,16 @@ def compared(tmp_path, capsys, rows, *options):
     return capsys.readouterr().out
 
 
+def test_a_comparison_begins_with_the_clean_model_where_all_cells_ask_it_the_same(tmp_path, capsys):
+    rows = [f"{editor},1,1,after,efficacy/exact,0.5,,,," for editor in ("ROME", "KN")]
+    same = [f"{editor},1,0,before,efficacy/exact,0.25,,,," for editor in ("ROME", "KN")]
+    (table,) = tables(compared(tmp_path, capsys, rows + same))
+    assert [(row[""], row["exact"]) for row in table] == [("before", "0.250"), ("ROME, 1", "0.500"), ("KN, 1", "0.500")]
+    for other in ([same[0], same[1].replace("0.25", "0.5")], same[:1]):
+        (table,) = tables(compared(tmp_path, capsys, rows + other))
+        assert [row[""] for row in table] == ["ROME, 1", "KN, 1"]
+
+
 def test_a_comparison_says_what_is_left(tmp_path, capsys):
     rows = []
     for edits, gsm8k, sst2, perplexity in ((10, 0.4, 0.8, 300), (0, 0.5, 0.8, 20), (5, 0.1, 0.1, 40)):
@@ -230,7 +240,7 @@ def test_a_comparison_says_what_is_left(tmp_path, capsys):
         {**empty, "": "KN", "perplexity, ratio": "1.50"},
         {**empty, "": "FT"},
     ]  # fmt: skip
-    assert one == [{"": "KN", "exact": "0.500"}]
+    assert one == [{"": "before", "exact": "0.000"}, {"": "KN", "exact": "0.500"}]
     with pytest.raises(ValueError, match="no axis protocol; there are editor, requests"):
         comparison.main([str(tmp_path), "--by", "protocol"])
 

@@ -19,8 +19,9 @@ class AlphaEdit(SpreadOverLayers):
     with small eigenvalues, and K_p are the keys of all operations before this one.
 
     Of K_p the sum ``P K_p K_pᵀ P`` is remembered, ``[in, in]`` a layer in float64, so an operation costs the same however
-    many came before it; P takes as much memory. Checkpoints hold it, a failed operation leaves nothing in it, and single mode has no keys of the
-    past. What a regulariser leaves of an update, such as a part of its entries, is not in the null space any more.
+    many came before it; P takes as much memory. Checkpoints hold the sum, a failed operation leaves nothing in it, and single
+    mode has no keys of the past. What a regulariser leaves of an update, such as a part of its entries, is not in the null
+    space any more.
 
     Args:
         threshold: Eigenvalues of C below this count as small. The published 0.02 fits models whose keys are small; there
