@@ -276,9 +276,7 @@ def test_the_comparison_of_editors():
         own = read_mapping(str(configs_folder() / f"{editor.lower()}_smollm2.yaml"))["model"]
         options = cell.config["model"]["init_args"]
         assert cell.config["model"]["class_path"] == own["class_path"]
-        assert {key for key in options if options[key] != own["init_args"].get(key)} <= (
-            {"mode", "reuse_clean", "wild"} | ({"ridge"} if editor == "EMMET" else set())
-        )
+        assert {key for key in options if options[key] != own["init_args"].get(key)} <= {"mode", "reuse_clean", "wild"}
         assert (options["mode"], data["limit"]) == (
             ("single", 25) if requests == "1" else ("sequential", int(requests))
         )
