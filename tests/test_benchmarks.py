@@ -261,23 +261,26 @@ def test_a_long_run_says_where_it_collapsed(tmp_path, capsys):
                 f"MEMIT,30,{n},cost,seconds_per_edit,{0.5 if n < 29 else 0.25},,,1," for n in reversed(range(1, 31))
             ]
     rows += ["ROME,30,30,after,efficacy/probability,0.6,,,,"]  # nothing along the way
-    ends, efficacy, perplexity, collapsed = tables(compared(tmp_path, capsys, rows))
+    rows += [f"MEMIT,30,{n},edits,efficacy/exact,{value},,,," for n, value in ((20, 0.3), (10, 0.5), (30, 0.7))]
+    ends, efficacy, exact, perplexity, collapsed = tables(compared(tmp_path, capsys, rows))
     assert [row["perplexity, ratio"] for row in ends] == ["2.00", "1.00", "1.00", ""]
     named = "efficacy over all edits so far"
     assert efficacy[:2] == [
         {named: "MEMIT, 30", "5": "", "10": "0.900", "20": "0.400", "30": "0.600"},
         {named: "AlphaEdit, 30", "5": "0.900", "10": "", "20": "0.900", "30": "0.500"},
     ]
+    assert exact[0] == {"exact over all edits so far": "MEMIT, 30", "10": "0.500", "20": "0.300", "30": "0.700"}
     assert perplexity[0] == {"perplexity, ratio": "MEMIT, 30", "5": "", "10": "1.50", "20": "1.95", "30": "2.00"}
     told = [tuple(row.values()) for row in collapsed]
     assert [*collapsed[0]] == [
-        "", "perplexity doubled at", "efficacy below one half at", "s an edit, first tenth", "s an edit, last tenth"
+        "", "perplexity doubled at", "efficacy below one half at", "exact below one half at", "s an edit, first tenth",
+        "s an edit, last tenth",
     ]  # fmt: skip
     assert told == [
-        ("MEMIT, 30", "30", "20", "0.5", "0.333"),
-        ("AlphaEdit, 30", "never", "never", "", ""),
-        ("KN, 30", "20", "10", "", ""),  # what is no number is no sound model
-        ("ROME, 30", "", "", "", ""),
+        ("MEMIT, 30", "30", "20", "20", "0.5", "0.333"),
+        ("AlphaEdit, 30", "never", "never", "", "", ""),
+        ("KN, 30", "20", "10", "", "", ""),  # what is no number is no sound model
+        ("ROME, 30", "", "", "", "", ""),
     ]
 
 
