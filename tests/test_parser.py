@@ -13,6 +13,7 @@ from rect_lightning.parser import reason
         ("--model.stregth=2", "Option 'stregth' is not accepted"),
         ("--model.search.steps=many", "Expected a <class 'int'>. Got value: many"),
         ("--trainer.max_steps", "expected one argument"),
+        ("--data.limt 2", "unrecognized arguments: --data.limt 2; did you mean --data.limit?"),
     ],
 )
 def test_a_mistyped_option_is_told_in_a_few_lines(option, told, monkeypatch, capsys, tmp_path):
@@ -33,6 +34,7 @@ def test_a_message_of_another_kind_stays_whole():
     assert (
         reason("Key:\n  - Not a valid subclass of X\n    - one\n    - two\n  - 3 is no int") == "Key:\n  - 3 is no int"
     )
+    assert reason("A:\n  - no int\n  - no int\nB:\n  - no int") == "A:\n  - no int\nB:\n  - no int"
 
 
 def test_a_wrong_command_is_told_all_there_are(monkeypatch, capsys):

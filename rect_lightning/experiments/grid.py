@@ -29,7 +29,8 @@ class Grid:
     """Runs for every combination of the levels of some axes.
 
     A cell's configuration is the base with the bases of its levels laid over it, then the common part, then its level of each
-    axis, in order. What is laid over wins: mappings key by key, anything else as a whole. Except callbacks: those of the
+    axis, in order. What is laid over wins: mappings key by key, anything else as a whole. A base whose model is of another
+    class than that of the one below leaves nothing of the latter's model and callbacks. Except callbacks: those of the
     levels are *added* to the common ones, and those of the bases are left out wherever a grid names any of its own.
 
     Raises:
@@ -141,7 +142,7 @@ class Grid:
     def _config(self, levels: Mapping[str, str]) -> Config:
         chosen = [dict(self.axes[axis][level]) for axis, level in levels.items()]
         bases = [level.pop("base", {}) for level in chosen]
-        under = reduce(merged, [_QUIET, self.base, *bases])
+        under = reduce(_laid_over, [_QUIET, self.base, *bases])
         callbacks = _callbacks(self.common) if self._names_callbacks() else _callbacks(under)
         config = reduce(merged, [self.common, *chosen], under)
         config["trainer"] = {**(config["trainer"] or {}), "callbacks": sum(map(_callbacks, chosen), callbacks)}
@@ -165,10 +166,20 @@ class Grid:
 def _read_base(files: Any) -> Config:
     """The configurations in these files, or written out, later ones laid over earlier ones."""
     return reduce(
-        merged,
+        _laid_over,
         (each if isinstance(each, dict) else read_mapping(find_config(str(each))) for each in _listed(files)),
         {},
     )
+
+
+def _laid_over(under: Config, base: Config) -> Config:
+    """A base over another, of which nothing is left of the model and the callbacks where its model is of another class."""
+    classes = [(config.get("model") or {}).get("class_path") for config in (under, base)]
+    if None not in classes and classes[0] != classes[1]:
+        under = {key: value for key, value in under.items() if key != "model"}
+        if under.get("trainer"):
+            under["trainer"] = {key: value for key, value in under["trainer"].items() if key != "callbacks"}
+    return merged(under, base)
 
 
 def _with_base(level: Config) -> Config:

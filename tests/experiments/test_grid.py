@@ -107,6 +107,22 @@ def test_cells_share_nothing():
     assert second.config["model"]["init_args"]["search"]["steps"] == 3
 
 
+def test_a_base_of_another_class_leaves_nothing_of_the_model_and_callbacks_below(here):
+    """An option, or a callback, of one method has no place in another's configuration."""
+    other = "model: {class_path: rect_lightning.editors.UltraEdit, init_args: {layers: [2]}}"
+    (here / "other.yaml").write_text(other)
+    grid = Grid.load("{name: g, base: base.yaml, axes: {editor: {ROME: {}, UltraEdit: {base: other.yaml}}}}")
+    rome, ultraedit = (cell.config for cell in grid.cells())
+    assert ultraedit["model"]["init_args"] == {"layers": [2]}
+    assert ultraedit["trainer"]["callbacks"] == []
+    assert rome["trainer"]["callbacks"] == [{"class_path": "rect_lightning.callbacks.summary.Summary"}]
+    assert {key: ultraedit[key] for key in ultraedit if key not in ("model", "trainer")} == {
+        key: rome[key] for key in rome if key not in ("model", "trainer")
+    }
+    both = Grid.load("{name: g, base: [base.yaml, other.yaml], axes: {editor: {UltraEdit: {}}}}")
+    assert both.cells()[0].config == ultraedit
+
+
 def test_callbacks_of_levels_are_added_to_the_common_ones_and_the_base_s_are_left_out():
     def names(*overlays, regulariser="RECT"):
         cell = only(Grid.load("grid.yaml", *overlays), editor="ROME", regulariser=regulariser, seed="0")
