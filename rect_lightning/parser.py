@@ -15,10 +15,9 @@ class EditParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong, and end the process with status 2."""
+        told = f"error: {reason(message)}{self._meant(message)}"
         besides = f"{self.epilog}\n" if self.epilog and "subcommand" in message else ""
-        sys.stderr.write(
-            f"error: {reason(message)}{self._meant(message)}\n{besides}See --help, or --print_config for every option and its value.\n"
-        )
+        sys.stderr.write(f"{told}\n{besides}See --help, or --print_config for every option and its value.\n")
         raise SystemExit(2) from ex
 
     def _meant(self, message: str) -> str:

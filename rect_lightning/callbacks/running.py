@@ -57,7 +57,7 @@ class RunningCheckpoint(ModelCheckpoint):
         if trainer.state.fn == "fit" and trainer.global_step > self._step and trainer.world_size == 1:
             with contextlib.suppress(Exception):
                 self._save(trainer)
-                _log.info("What was done until then is in %s; go on with --ckpt_path last.", self._path)
+                _log.info("What was done until then is in %s; go on with --ckpt_path last, or this.", self._path)
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -88,6 +88,7 @@ class EditData(LightningDataModule):
         self.held_out = held_out
         self._requests: list[EditRequest] = []
         self._prompts: list[str] = []
+        self._all: list[EditRequest] = []  # what one process has read ahead of `setup`
 
     @property
     def requests(self) -> list[EditRequest]:
@@ -103,7 +104,7 @@ class EditData(LightningDataModule):
     def prepare_data(self) -> None:
         """Read the data once, in one process: this fills the hub's cache and refuses bad data first of all."""
         if self.prompts is None or not getattr(self.trainer, "predicting", False):
-            self._read()
+            self._all = self._read()
 
     def setup(self, stage: str | None = None) -> None:
         """Read and select the requests, in every process.
@@ -121,7 +122,7 @@ class EditData(LightningDataModule):
             return
         if self._requests:
             return
-        selected = self._select(self._read())
+        selected, self._all = self._select(self._all or self._read()), []
         if self.held_out >= len(selected):
             raise ValueError(
                 f"held_out is {self.held_out} of {len(selected)} requests, which leaves none to train on; lower it"
@@ -163,7 +164,7 @@ class EditData(LightningDataModule):
             wanted = f"offset {self.offset}" + (f" and limit {self.limit}" if self.limit else "")
             raise ValueError(
                 f"{self.path} has {count} requests, too few for {wanted}; lower them, or take all there are by "
-                "--data.limit null"
+                "--data.offset 0 --data.limit null"
             )
         return requests[self.offset :][: self.limit]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -51,6 +51,19 @@ class _Best(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         there = Path(state_dict["best_model_path"]).is_file()
         super().load_state_dict(state_dict | {"dirpath": self.dirpath} if there else state_dict)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tell()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.best_model_path:
+            rank_zero_info(
+                f"The hypernetwork with the lowest validation loss, {float(self.best_model_score or 0):.4g}, is in "
+                f"{self.best_model_path}"
+            )
 
 
 class MENDTraining(BaseModelModule):
@@ -183,12 +196,6 @@ class MENDTraining(BaseModelModule):
         with torch.inference_mode(False), torch.no_grad():  # editing takes gradients, and asks for them itself
             self._logged(batch, "val")
 
-    def on_fit_end(self) -> None:
-        """Tell where the hypernetwork is."""
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        if best:
-            rank_zero_info(f"The hypernetwork with the lowest validation loss is in {best}")
-
     def _logged(self, requests: list[EditRequest], stage: str) -> Tensor:
         edit, locality = self.losses(requests)
         loss = self.edit_weight * edit + self.locality_weight * locality
@@ -279,7 +286,10 @@ class MENDTraining(BaseModelModule):
         """
         told = checkpoint.get(KEY, {})
         if "hypernetwork" not in told:
-            raise ValueError("This checkpoint is not one of a hypernetwork's training.")
+            raise ValueError(
+                "This checkpoint is not one of a hypernetwork's training. If --ckpt_path last took that of a later run, name "
+                "one by its path."
+            )
         wanted = (self.fingerprint, self.layers, {"weights": self.shapes, "rank": self.rank})
         if (told["fingerprint"], told["layers"], told["hypernetwork"]) != wanted:
             raise ValueError(

@@ -92,7 +92,8 @@ class UltraEdit(Editor):
         if self.mode == "single" and requests == 1:
             raise ValueError(
                 "UltraEdit normalises by what it has seen, which in single mode is one operation, here of a single request: "
-                "set data.batch_size above 1, and data.limit so that no request is left over."
+                "set data.batch_size above 1, and data.limit so that no request is left over; ROME and AlphaEdit edit single "
+                "ones."
             )
 
     def _values(self, layer: int, keys: Tensor, gradients: Tensor) -> Tensor:
@@ -103,7 +104,8 @@ class UltraEdit(Editor):
             statistics = RunningStatistics(**{name: self.memory[key] for name, key in names.items()}) + statistics
         if statistics.count < 2:
             raise ValueError(
-                "UltraEdit normalises by what it has seen, which is a single token so far: set data.batch_size above 1."
+                "UltraEdit normalises by what it has seen, which is a single token so far: edit several requests together, by "
+                "data.batch_size, or a single one by an editor that needs no company, such as ROME or AlphaEdit."
             )
         self.memory = self.memory | {key: getattr(statistics, name) for name, key in names.items()}
         normalised = statistics.normalise(pairs)

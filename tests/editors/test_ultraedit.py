@@ -115,7 +115,7 @@ def test_single_mode_has_statistics_of_its_own_operation_alone(tmp_path, monkeyp
 
 def test_a_single_token_is_refused(tmp_path):
     editor = ultraedit()
-    with pytest.raises(ValueError, match=r"a single token so far: set data\.batch_size above 1"):
+    with pytest.raises(ValueError, match=r"a single token so far: edit several .*, by data\.batch_size"):
         fit(editor, facts(tmp_path, batch_size=1))
     assert editor.is_clean()
     assert editor.memory == {}
