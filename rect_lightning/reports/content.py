@@ -19,7 +19,7 @@ PERPLEXITY = "Perplexity, e to the power of the mean loss a token of a text, is 
 class Grouping:
     """Which axis tells the series of a figure apart, and which tell figures or panels apart.
 
-    Of editor and regulariser it is the one with more levels.
+    Of editor and regulariser it is the one with more levels, and of two with as many the regulariser.
 
     Args:
         results: A run, or a grid averaged over seeds.
@@ -47,8 +47,10 @@ class Grouping:
         return " · ".join(_told(self.axes[i], cell[i]) for i in self.outer)
 
     def suffix(self, group: str) -> str:
-        """What tells a group's figures apart in their names."""
-        return str(self.groups.index(group) + 1) if len(self.groups) > 1 else ""
+        """What tells a group's figures apart in their names: its levels, or a number where these have no letters of their own."""
+        slugs = {_slug(each) for each in self.groups}
+        told_apart = len(slugs) == len(self.groups) and "" not in slugs
+        return "" if len(self.groups) == 1 else group if told_apart else str(self.groups.index(group) + 1)
 
     def split(self, rows: Iterable[Row], group: str) -> list[tuple[str, int, list[Row]]]:
         """Label, style and rows of each series of a group."""

@@ -294,7 +294,7 @@ def test_the_comparison_of_editors():
         assert cell.config["model"]["class_path"] == own["class_path"]
         assert {key for key in options if options[key] != own["init_args"].get(key)} <= {"mode", "reuse_clean", "wild"}
         assert (options["mode"], data["limit"]) == (
-            ("single", 25) if requests == "1" else ("sequential", int(requests))
+            ("single", 10) if requests == "1" else ("sequential", int(requests))
         )
         assert size == {"one by one": 1, "batches of 10": 10, "one batch": 100}[protocol]
         names = [callback["class_path"].rpartition(".")[2] for callback in cell.config["trainer"]["callbacks"]]

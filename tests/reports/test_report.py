@@ -113,6 +113,15 @@ def test_the_trade_off_has_a_point_a_regulariser(grid):
     assert [series.label for series in figure.panels[0].series] == ["none", "RECT 40", "RECT 20", "Random 40"]
 
 
+def test_figures_are_named_by_what_they_show(grid, tmp_path):
+    names = {figure.name for figure in figures(read(grid))}
+    assert {"main-scores-rome", "main-scores-memit"} <= names
+    unspoken = [(("√",) + row[1:] if row[0] == "ROME" else row) for row in grid_rows()]
+    write_grid(tmp_path, unspoken)
+    names = {figure.name for figure in figures(read(tmp_path))}
+    assert {"main-scores-1", "main-scores-2"} <= names
+
+
 def compared():
     """Rows of a grid of more editors than regularisers, of two sizes, with layers and costs."""
     for editor, score in (("ROME", 0.7), ("MEMIT", 0.8), ("KN", 0.4)):
