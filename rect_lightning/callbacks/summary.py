@@ -95,13 +95,12 @@ class Summary(Callback):
 def title(trainer: Trainer, pl_module: Any) -> str:
     """What was done: "32 edits by MEMIT in 1 operation, with RECT"."""
     regularisers = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, Regulariser)]  # type: ignore[attr-defined]
-    editor = type(pl_module).__name__
-    return describe(len(pl_module.done), pl_module.operations, editor, pl_module.mode, regularisers)
+    return describe(len(pl_module.done), pl_module.operations, pl_module.method, pl_module.mode, regularisers)
 
 
-def describe(edits: int, operations: int, editor: str, mode: str, regularisers: Sequence[str]) -> str:
+def describe(edits: int, operations: int, method: str, mode: str, regularisers: Sequence[str]) -> str:
     """What was done, in a line, as in `title`."""
-    done = f"{edits} edit{'s' * (edits != 1)} by {editor}"
+    done = f"{edits} edit{'s' * (edits != 1)} by {method}"
     made = f"in {operations} operation{'s' * (operations != 1)}, {mode}"
     return f"{done} {made}" + (f", with {', '.join(regularisers)}" if regularisers else "")
 

@@ -200,6 +200,11 @@ class Editor(BaseModelModule):
         return True
 
     @property
+    def method(self) -> str:
+        """What the literature calls this: the class's name, unless its options make it another method."""
+        return type(self).__name__
+
+    @property
     def steps_per_batch(self) -> int:
         """How many optimizer steps an operation makes."""
         return len(self.layers) if self.step_per == "layer" else 1

@@ -92,6 +92,7 @@ def provenance(editor: Editor) -> dict[str, Any]:
     """What the edited weights come from, in plain values."""
     return {
         "editor": type(editor).__name__,
+        "method": editor.method,
         "base": base_of(editor),
         "fingerprint": editor.fingerprint,
         "layers": editor.layers,

@@ -77,6 +77,14 @@ class FineTuning(Editor):
         self._steps_made = 0
         self.loss, self.steps, self.lr, self.norm_box, self.rank, self.stop = loss, steps, lr, norm_box, rank, stop
 
+    @property
+    def method(self) -> str:
+        """The name in the table above; FineTuning for what has none there."""
+        box, rank = self.norm_box is not None, self.rank is not None
+        names = {("last", False, False): "FT", ("last", True, False): "FT-L"}
+        names |= {("target", False, False): "FT-M", ("target", False, True): "LoRA"}
+        return names.get((self.loss, box, rank), super().method)
+
     def begin(self, requests: Sequence[EditRequest]) -> dict[int, Tensor]:
         """Train all layers: their updates, ``[out, in]``.
 

@@ -47,7 +47,7 @@ class Grouping:
         return " · ".join(_told(self.axes[i], cell[i]) for i in self.outer)
 
     def suffix(self, group: str) -> str:
-        """What tells a group's figures apart in their names: its levels, or a number where these have no letters of their own."""
+        """What tells a group's figures apart in their names: its levels, or a number where letters do not tell these apart."""
         slugs = {_slug(each) for each in self.groups}
         told_apart = len(slugs) == len(self.groups) and "" not in slugs
         return "" if len(self.groups) == 1 else group if told_apart else str(self.groups.index(group) + 1)

@@ -73,7 +73,7 @@ def _run(path: Path) -> Results:
     keep = [options["keep"] for name, options in zip(names, regularisers, strict=True) if name == "RECT"]
     title = path.name
     if {"editor", "mode", "operations"} <= told.keys() and edits is not None:
-        title = describe(edits, told["operations"], told["editor"], told["mode"], names)
+        title = describe(edits, told["operations"], told.get("method", told["editor"]), told["mode"], names)
     rows = (_row(f"{path}, {line['source']} {line['name']}", line) for line in measurements(path))
     results = Results(
         title=title,

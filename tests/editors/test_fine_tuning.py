@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 from rect_lightning.callbacks import RECT
+from rect_lightning.callbacks.summary import title
 from rect_lightning.data import EditData
 from rect_lightning.editors import FineTuning
 from rect_lightning.models import Source
@@ -224,6 +225,24 @@ def test_a_loss_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
 def test_refuses_numbers_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         FineTuning(base=Source(name="tiny"), layers=[1], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        ({"loss": "last"}, "FT"),
+        ({"loss": "last", "norm_box": 1e-3}, "FT-L"),
+        ({}, "FT-M"),
+        ({"rank": 2}, "LoRA"),
+        ({"loss": "all"}, "FineTuning"),
+        ({"norm_box": 1e-3}, "FineTuning"),
+    ],
+)
+def test_variants_have_the_literature_s_names(tmp_path, options, method):
+    editor = fine_tuning(**options)
+    assert editor.method == method
+    assert editor.provenance()["method"] == method
+    assert f"edits by {method} in" in title(trainer(), editor)
 
 
 def test_single_mode_measures_what_the_model_knew_already(tmp_path):

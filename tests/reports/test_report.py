@@ -116,7 +116,7 @@ def test_the_trade_off_has_a_point_a_regulariser(grid):
 def test_figures_are_named_by_what_they_show(grid, tmp_path):
     names = {figure.name for figure in figures(read(grid))}
     assert {"main-scores-rome", "main-scores-memit"} <= names
-    unspoken = [(("√",) + row[1:] if row[0] == "ROME" else row) for row in grid_rows()]
+    unspoken = [(("√", *row[1:]) if row[0] == "ROME" else row) for row in grid_rows()]
     write_grid(tmp_path, unspoken)
     names = {figure.name for figure in figures(read(tmp_path))}
     assert {"main-scores-1", "main-scores-2"} <= names
