@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch import Callback
 
 from rect_lightning import cli
+from rect_lightning.checkpoint_io import read_checkpoint
 from rect_lightning.cli import main
 from rect_lightning.shipped import configs_folder
 from tests import tiny
@@ -597,7 +598,15 @@ def test_names_of_tasks_on_the_command_line(here, capsys):
 # Modules that are no editor ------------------------------------------------------------------------------------------
 
 
-def test_a_hypernetwork_is_trained_and_then_edits(here, monkeypatch, capsys):
+def best_loss(path):
+    """The validation loss that a checkpoint was kept for."""
+    (state,) = [
+        state for key, state in read_checkpoint(path)["callbacks"].items() if "val/loss" in key and "Best" in key
+    ]
+    return float(state["best_model_score"])
+
+
+def test_a_hypernetwork_is_trained_and_then_edits(here, monkeypatch, capsys, caplog):
     neighbours = [{"prompt": "You know Spain", "answer": "so"}]
     records = [
         {"subject": subject, "prompt": f"The {relation} of {{}}", "target_new": "is", "neighbours": neighbours}
@@ -633,7 +642,8 @@ def test_a_hypernetwork_is_trained_and_then_edits(here, monkeypatch, capsys):
     rows = list(csv.DictReader((newest(here) / "metrics.csv").open()))
     assert [row["epoch"] for row in rows if row["train/loss"]] == ["2", "2"]
 
-    best = newest(here) / "checkpoints" / "best.ckpt"
+    best = max(here.rglob("best.ckpt"), key=lambda path: path.stat().st_mtime)  # the third may not be better
+    assert f"validation loss, {best_loss(best):.4g}, is in {best.relative_to(here)}" in caplog.text
     config["data"] |= {"held_out": 0, "batch_size": 3}
     config["trainer"] = {"accelerator": "cpu", "enable_progress_bar": False}
     config["model"] = {

@@ -164,9 +164,9 @@ def test_a_comparison_of_editors_has_a_point_an_editor(tmp_path):
     points = [(series.x[0], series.y[0]) for panel in trade_off.panels for series in panel.series]
     x_range, y_range = ((min(values), max(values)) for values in zip(*points, strict=True))
     assert {(panel.x_range, panel.y_range) for panel in trade_off.panels} == {(x_range, y_range)}
-    [growth] = made["growth-3"].panels
+    [growth] = made["growth-requests-100-no-regulariser"].panels
     assert [s.y for s in growth.series] == [pytest.approx((0.315, 0.565))] * 2 + [pytest.approx((0.29, 0.54))]
-    [layers] = made["layers-3"].panels
+    [layers] = made["layers-requests-100-no-regulariser"].panels
     assert layers.ticks == tuple("012345678")
     assert [(series.label, series.x[0]) for series in layers.series] == [("ROME", 6), ("MEMIT", 6), ("KN", 0)]
     html = text(tmp_path)
