@@ -12,7 +12,8 @@ from typing import Literal
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 
-from rect_lightning.data.readers import missing_file, parse_requests, warn_of_conflicts
+from rect_lightning.data.readers import parse_requests, warn_of_conflicts
+from rect_lightning.data.records import missing_file
 from rect_lightning.data.request import EditRequest, RequestError
 
 

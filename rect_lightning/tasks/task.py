@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from rect_lightning.data.readers import read_records
+from rect_lightning.data.records import read_records
 from rect_lightning.data.request import RequestError
 from rect_lightning.metrics import Continuation, continuations, continued_text, score_targets, stopping, up_to_stop
 from rect_lightning.models import Adapter

@@ -136,7 +136,7 @@ def test_the_default_is_the_file_that_is_shipped():
     assert all(request.target_true and request.neighbours for request in data.requests)
 
 
-@pytest.mark.parametrize("name", ["readers", "datamodule"])
+@pytest.mark.parametrize("name", ["readers", "records", "formats", "datamodule"])
 def test_importing_does_not_import_datasets(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # importing it now raises
     file = Path(data_package.__file__).with_name(f"{name}.py")
