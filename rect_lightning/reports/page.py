@@ -17,11 +17,12 @@ from rect_lightning import __version__
 from rect_lightning.durable import whole_file
 from rect_lightning.metrics.definitions import DEFINITIONS
 from rect_lightning.reports import draw, palette
-from rect_lightning.reports.content import PERPLEXITY, seeds_told
+from rect_lightning.reports.content import PERPLEXITY
 from rect_lightning.reports.content import figures as figures_of
 from rect_lightning.reports.figures import Figure
 from rect_lightning.reports.reading import read
 from rect_lightning.reports.results import Results, Row, lower_is_better, mean_over_edits
+from rect_lightning.reports.series import seeds_told
 
 _log = logging.getLogger(__name__)
 
