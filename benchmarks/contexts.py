@@ -1,6 +1,7 @@
 """How much free answers depend on how a model is asked: an edited model under several instructions.
 
-    python -m rect_lightning fit --config memit_smollm2.yaml --data.path counterfact.jsonl --data.limit 100
+    python -m rect_lightning fit --config memit_smollm2.yaml --data.path counterfact.jsonl --data.limit 100 \
+        --data.batch_size 100 --trainer.callbacks null
     python -m benchmarks.contexts runs/version_0/checkpoints/last.ckpt counterfact.jsonl --count 100
 
 A row for each way of asking: the share of the requests whose answer is the new target and nothing else, and of those whose

@@ -127,10 +127,11 @@ class SideEffects(Callback):
     def _measure(self, trainer: Trainer, editor: Any, *, edits: int) -> None:
         with torch.autocast(editor.device.type, enabled=False):
             results = [self._result(editor, task) if edits else self._of_clean(editor, task) for task in self.tasks]
-            metrics = self._edit_metrics(editor) if edits else {}
+            metrics, requests = self._edit_metrics(editor) if edits else ({}, {})
         rows = [_row(edits, result, name) for result in results for name in result.scores]
         rows += [
-            dict.fromkeys(COLUMNS) | {"edits": edits, "task": "edits", "score": name, "value": value, "n": edits}
+            dict.fromkeys(COLUMNS)
+            | {"edits": edits, "task": "edits", "score": name, "value": value, "n": requests.get(name)}
             for name, value in metrics.items()
         ]
         self.rows += rows
@@ -152,8 +153,8 @@ class SideEffects(Callback):
         result: TaskResult = editor.of_clean(asked, partial(self._result, editor, task), [TaskResult, Score])
         return result
 
-    def _edit_metrics(self, editor: Any) -> dict[str, float]:
-        """The metrics of all edits so far, as the model stands now."""
+    def _edit_metrics(self, editor: Any) -> tuple[dict[str, float], dict[str, int]]:
+        """The metrics of all edits so far, as the model stands now, and of how many requests each is the mean."""
         requests = [self._requests[i] for i in editor.done if i in self._requests]
 
         def scores(mine: Sequence[EditRequest]) -> list[Any]:
@@ -163,7 +164,7 @@ class SideEffects(Callback):
         pairs = editor.processes.collect(requests, scores)
         metrics = EditMetrics(sync_on_compute=False)  # each process has all of them
         metrics.update([after for after, _ in pairs], [clean for _, clean in pairs])
-        return {name: float(value) for name, value in metrics.compute().items()}
+        return {name: float(value) for name, value in metrics.compute().items()}, metrics.requests()
 
     def _write(self, trainer: Trainer) -> None:
         folder = trainer.log_dir  # all processes have to ask

@@ -143,6 +143,12 @@ def test_the_table_and_the_log(tmp_path, tasks):
         assert found[key] == pytest.approx(values, rel=1e-6), key
     own = {row["score"]: float(row["value"]) for row in rows if row["task"] == "edits"}
     assert own == pytest.approx({name: float(value) for name, value in edits.compute().items()})
+    of = {row["score"]: row["n"] for row in rows if row["task"] == "edits"}
+    with_paraphrases = sum(bool(request.paraphrases) for request in data.requests)
+    assert 0 < with_paraphrases < len(data.requests)
+    assert int(of["efficacy/exact"]) == len(data.requests)
+    assert int(of["generalisation/exact"]) == with_paraphrases
+    assert of["score/probability"] == ""
     with next(tmp_path.rglob("metrics.csv")).open(newline="") as file:
         logged = [row for row in csv.DictReader(file) if row["side/edits"]]
     assert [float(row["side/edits"]) for row in logged] == [0, 4]
