@@ -61,6 +61,50 @@ def comments(path):
     return [line.removeprefix("#").strip() for line in opening[0].splitlines()], re.findall(r"#.*", text)
 
 
+def searched(steps, lr, weight_decay, clamp):
+    return {"steps": steps, "lr": lr, "weight_decay": weight_decay, "clamp": clamp, "kl": 0.0625}
+
+
+PUBLISHED = {
+    "rome_gpt2xl": {"layers": [17], "search": searched(20, 0.5, 0.5, 4)},
+    "rome_gptj-6b": {"layers": [5], "search": searched(20, 0.5, 0.5, 4)},
+    "rome_llama-7b": {"layers": [5], "search": searched(25, 0.5, 1e-3, 4)},
+    "rome_llama3-8b": {"layers": [5], "search": searched(25, 0.5, 1e-3, 4)},
+    "memit_gpt2xl": {
+        "layers": [13, 14, 15, 16, 17],
+        "moments_weight": 20_000,
+        "search": searched(20, 0.5, 0.5, 0.75),
+    },
+    "memit_gptj-6b": {
+        "layers": [3, 4, 5, 6, 7, 8],
+        "moments_weight": 15_000,
+        "search": searched(25, 0.5, 0.5, 0.75),
+    },
+    "memit_llama-7b": {"layers": [4, 5, 6, 7, 8], "moments_weight": 15_000, "search": searched(25, 0.5, 1e-3, 4)},
+    "memit_llama3-8b": {"layers": [4, 5, 6, 7, 8], "moments_weight": 15_000, "search": searched(25, 0.1, 0.5, 0.75)},
+    "alphaedit_gpt2xl": {"layers": [13, 14, 15, 16, 17], "threshold": 0.02, "ridge": 10},
+    "alphaedit_llama3-8b": {"layers": [4, 5, 6, 7, 8], "threshold": 0.02, "ridge": 10},
+    "emmet_llama2-7b": {"layers": [5], "ridge": 0.1},
+    "ultraedit_llama3-8b": {"lr": 1e-6},
+    "ft_gpt2xl": {"layers": [0], "loss": "last", "steps": 25, "lr": 5e-4, "norm_box": None, "rank": None, "stop": 1e-2},
+    "ft-l_gpt2xl": {"layers": [0], "loss": "last", "steps": 25, "lr": 5e-4, "norm_box": 5e-4, "stop": 1e-2},
+    "ft-m_gpt2xl": {"layers": [0], "loss": "target", "steps": 25, "lr": 5e-4, "norm_box": None},
+    "kn_gpt2xl": {"layers": None, "steps": 20, "threshold": 0.2, "share": 0.7, "old_weight": 2, "new_weight": 2},
+    "train_mend_gpt2xl": {"layers": [45, 46, 47], "rank": 1920, "edit_weight": 0.1, "locality_weight": 1}
+    | {"edit_lr": 1e-4},
+}
+"""What the papers and the configurations of their authors say; where a file says nothing, the class's default has to."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_is_as_published(name, parser):
+    options = parser.parse_args(["--config", str(configs_folder() / f"{name}.yaml")]).model.init_args.as_dict()
+    search = PUBLISHED[name].get("search", {})
+    assert {key: options["search"][key] for key in search} == search
+    others = {key: value for key, value in PUBLISHED[name].items() if key != "search"}
+    assert {key: options[key] for key in others} == others
+
+
 def test_all_are_there():
     for method in METHODS:
         models = MODELS if method in ("memit", "rome") else FEWER_MODELS

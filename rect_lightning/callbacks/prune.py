@@ -21,7 +21,8 @@ class PRUNE(Regulariser):
     and the edited weight is ``W₀ + U diag(σ) Vᵀ``: added to W₀, not to what is edited already. Where ``s · ln b < 1`` the
     formula would enlarge values just above s; here none is enlarged. What is no matrix is left as it is.
 
-    As in the paper, this is done once, when the run ends; checkpoints and validations before that are unrestrained.
+    As in the paper, this is done once, when the run ends; checkpoints and validations before that are unrestrained. Going on
+    from a run that was ended early, as by ``max_steps``, restrains once more what was restrained then, with a warning.
     With a ``start_step``, it is done after each step from then on: what is restrained counts on, and is restrained again while
     it exceeds s.
 

@@ -135,6 +135,13 @@ class Regulariser(Callback, ABC):
         refuse_without_optimizer(self._names, trainer.optimizers)
         if self._start < 0:
             self._start = _tenth(trainer, getattr(pl_module, "steps_per_batch", 1)) if self.scope == "run" else 0
+        taken = max(self._steps, default=0)  # by the run that is resumed
+        if self.scope == "run" and not self.repeatable and not self._open and 0 < taken <= self._start:
+            rank_zero_warn(
+                f"{type(self).__name__} acts once, when a run ends, and the run of this checkpoint was ended after {taken} "
+                f"steps: what comes now is added to what {type(self).__name__} has left, and both are regularised once more. "
+                "To interrupt a run and go on with it, kill it rather than end it by max_steps or max_epochs."
+            )
         for optimizer in trainer.optimizers:
             self._watch(optimizer)
 

@@ -1,9 +1,11 @@
 """AlphaEdit (Fang et al. 2025, "Null-Space Constrained Knowledge Editing for Language Models", arXiv 2410.02355)."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from rect_lightning.data.request import EditRequest
 from rect_lightning.editors.spread import SpreadOverLayers
 from rect_lightning.solving.null_space import null_space_projector
 from rect_lightning.solving.solvers import null_space_least_squares
@@ -16,7 +18,8 @@ class AlphaEdit(SpreadOverLayers):
     """Edits of many requests at once, in directions that hardly any key of ordinary text has, nor any edited before.
 
     Layer by layer ``ΔW = (R / layers left) Kᵀ P (K_p K_pᵀ P + K Kᵀ P + L₂ I)⁻¹``, where P projects on the eigenvectors of C
-    with small eigenvalues, and K_p are the keys of all operations before this one.
+    with small eigenvalues, and K_p are the keys of all operations before this one, as the weights were when each had made its
+    steps.
 
     Of K_p the sum ``P K_p K_pᵀ P`` is remembered, ``[in, in]`` a layer in float64, so an operation costs the same however
     many came before it; P takes as much memory. Checkpoints hold the sum, a failed operation leaves nothing in it, and single
@@ -61,10 +64,25 @@ class AlphaEdit(SpreadOverLayers):
                 raise ValueError(f"Layer {layer}: {error}") from error
 
     def solve(self, layer: int, residuals: Tensor, keys: Tensor) -> Tensor:
-        """The update in the null space; the keys that it is solved for count as past ones from now on."""
+        """The update in the null space."""
         keys = keys.to(self.projectors[layer]) @ self.projectors[layer]
+        update = null_space_least_squares(residuals, keys, self.memory.get(f"past_keys.{layer}"), self.ridge)
+        if self.step_per == "layer":  # the layers before this one have made their steps
+            self._remember(layer, keys)
+        return update
+
+    def conclude(self, requests: Sequence[EditRequest]) -> None:
+        """Read the keys that count as past ones from now on, where all layers have made their step at the end.
+
+        A regulariser may have left less of each layer than stood there when the layers behind it were solved for.
+        """
+        if self.step_per == "operation" and self.mode == "sequential":
+            for layer in self.layers:
+                keys, _ = self.request_keys(layer, requests)
+                self._remember(layer, keys.to(self.projectors[layer]) @ self.projectors[layer])
+
+    def _remember(self, layer: int, keys: Tensor) -> None:
         name = f"past_keys.{layer}"
         past = self.memory.get(name)
-        update, total = null_space_least_squares(residuals, keys, past, self.ridge)
-        self.memory = self.memory | {name: total}
-        return update
+        total = keys.T @ keys
+        self.memory = self.memory | {name: total if past is None else total + past.to(total)}

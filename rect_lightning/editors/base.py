@@ -266,6 +266,9 @@ class Editor(BaseModelModule):
     def compute_update(self, layer: int, requests: Sequence[EditRequest], state: Any) -> Tensor:
         """The method's update ``ΔW`` of a layer, ``[out, in]``, from the model as it stands now."""
 
+    def conclude(self, requests: Sequence[EditRequest]) -> None:
+        """Note in `memory` what later operations need to know of this one, whose steps are made; nothing here."""
+
     def training_step(self, batch: list[EditRequest], batch_idx: int) -> None:
         """Edit one batch of requests. Either the whole operation is made or, if anything fails, nothing of it.
 
@@ -281,6 +284,7 @@ class Editor(BaseModelModule):
                     self._step({layer: self._update(layer, batch, state)})
             else:
                 self._step(self._updates_of_all_layers(batch, state))
+            self.conclude(batch)
         self.operations += 1
         self.done += [request.id for request in batch]
         self.results = {"before": {}, "after": {}}  # what was measured is of the model before this operation

@@ -140,7 +140,8 @@ def _check_continuation(editor: Editor, checkpoint: dict[str, Any]) -> None:
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
         rank_zero_warn(
             f"All requests of this checkpoint's run are edited ({len(told['requests'])}), there is nothing to go on with. To "
-            "edit more, export it and take the folder as the base model."
+            "edit more, export it and take the folder as the base model; what AlphaEdit and UltraEdit remember of past edits, "
+            "and what regularisers of scope run count from, begins anew there."
         )
     data: Any = getattr(trainer, "datamodule", None)
     made = loop["epoch_loop.batch_progress"]["current"]["processed"]

@@ -38,7 +38,7 @@ class FineTuning(Editor):
     All requests of an operation are one batch of Adam's; public code takes them in several. Only weights are trained, no
     biases, and in fp32 whatever the Trainer's precision. Several layers are trained together, once an operation. So with
     ``step_per: layer`` their updates are applied in turn, but a later layer does not make up for what a regulariser left out of
-    an earlier one, and the result is that of ``step_per: operation``.
+    an earlier one, and the result is that of ``step_per: operation``. ``edit/loss`` is the one before Adam's last step.
 
     Args:
         loss: target is the cross-entropy of the target's tokens, each where it is predicted. last reads all of them at the

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rect_lightning.data.request import EditRequest
 from rect_lightning.editors.locate_then_edit import LocateThenEdit
+from rect_lightning.solving.keys import SubjectStates
 from rect_lightning.solving.values import TargetValues
 
 
@@ -38,13 +39,19 @@ class SpreadOverLayers(LocateThenEdit):
         """This layer's share of the update, ``[out, in]``."""
         last = self.layers[-1]
         model = self.model
-        # the bare prompt counts as much as all sampled prefixes together, as in the authors' code
-        n = len(self.templates)
-        weights = torch.full((n,), 0.5 / max(n - 1, 1))
-        weights[0] = 0.5 if n > 1 else 1.0
-        keys, states = self.mean_keys(layer, requests, weights)
+        keys, states = self.request_keys(layer, requests)
         target = state.stream + model.stream_change(last, state.value, state.offset)
         now = self.states(last, requests, self.templates[:1]).stream
         residual = (target - now) / (len(self.layers) - self.layers.index(layer))
-        change = model.value_change(layer, states.value[::n], residual)
+        change = model.value_change(layer, states.value[:: len(self.templates)], residual)
         return self.solve(layer, change, keys)
+
+    def request_keys(self, layer: int, requests: Sequence[EditRequest]) -> tuple[Tensor, SubjectStates]:
+        """Keys as the model stands now, ``[requests, in]``, and the states of all templates that they come from.
+
+        The bare prompt counts as much as all prefixes together, as in the authors' code.
+        """
+        n = len(self.templates)
+        weights = torch.full((n,), 0.5 / max(n - 1, 1))
+        weights[0] = 0.5 if n > 1 else 1.0
+        return self.mean_keys(layer, requests, weights)

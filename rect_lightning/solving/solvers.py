@@ -113,9 +113,7 @@ def equality_constrained(residuals: Tensor, keys: Tensor, moment: Factored, ridg
     return residuals.T @ torch.cholesky_solve(solved.T, factor)
 
 
-def null_space_least_squares(
-    residuals: Tensor, keys: Tensor, past: Tensor | None, ridge: float
-) -> tuple[Tensor, Tensor]:
+def null_space_least_squares(residuals: Tensor, keys: Tensor, past: Tensor | None, ridge: float) -> Tensor:
     """AlphaEdit's update ``ΔW = R Kᵀ P (K_p K_pᵀ P + K Kᵀ P + L₂ I)⁻¹`` (Fang et al. 2025, arXiv 2410.02355).
 
     ``P = Pᵀ = P P``, so with ``K̂ = P K`` it is ``R K̂ᵀ (K̂_p K̂_pᵀ + K̂ K̂ᵀ + L₂ I)⁻¹``, which is symmetric and needs no P.
@@ -127,18 +125,19 @@ def null_space_least_squares(
         ridge: ``L₂``, positive.
 
     Returns:
-        ``ΔW``, ``[out, in]``, and ``K̂_p K̂_pᵀ + K̂ K̂ᵀ``, both float64.
+        ``ΔW``, ``[out, in]``, float64.
     """
     keys = keys.double()
-    total = keys.T @ keys if past is None else past.to(keys.device) + keys.T @ keys
     # what cannot be factored makes an update that is not finite, which the editor refuses by the requests' names
-    system = total.clone()
+    system = keys.T @ keys
+    if past is not None:
+        system += past.to(keys.device)
     system.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(system)
     update = residuals.to(keys).T @ torch.cholesky_solve(keys.T, factor).T
     if failed.item():
         update.fill_(torch.nan)
-    return update.to(residuals.device), total
+    return update.to(residuals.device)
 
 
 def gradient_values(keys: Tensor, gradients: Tensor, lr: float) -> Tensor:

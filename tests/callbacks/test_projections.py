@@ -79,6 +79,13 @@ def test_prune_restrains_what_the_run_has_changed_once(optimizer, base, tmp_path
     assert_same(weights(again), weights(module))
 
 
+def test_going_on_from_a_run_that_was_ended_is_told_to_restrain_twice(tmp_path):
+    run = fit(Model(adamw), PRUNE(), steps=2)
+    run.save_checkpoint(tmp_path / "ended.ckpt")
+    with pytest.warns(UserWarning, match="PRUNE acts once, when a run ends, and .* was ended after 2 steps"):
+        fit(Model(adamw), PRUNE(), steps=4, ckpt_path=tmp_path / "ended.ckpt")
+
+
 def test_prune_of_each_step():
     for optimizer in (*FAST, sgd):
         before, pairs, _ = updates(PRUNE(scope="step"), optimizer)

@@ -64,6 +64,24 @@ def test_each_layer_s_update_is_the_paper_s(tmp_path, monkeypatch, family, step_
         editor.model.weight(layer).data += editor.model.oriented(layer, update).float()
 
 
+@pytest.mark.parametrize("step_per", ["layer", "operation"])
+@pytest.mark.parametrize("keep", [1.0, 0.1])
+def test_the_keys_remembered_are_those_of_the_model_that_the_operation_has_made(tmp_path, step_per, keep):
+    """Also where RECT has left little of the layers before."""
+    editor, data = alphaedit(tmp_path, step_per=step_per), facts(tmp_path, batch_size=4)
+    fit(editor, data, RECT(keep), limit_val_batches=0)
+    solved_for = alphaedit(tmp_path)
+    fit(solved_for, facts(tmp_path, batch_size=4), limit_val_batches=0)
+    for layer, c in moments_of(editor).items():
+        values, vectors = torch.linalg.eigh(c)
+        small = vectors[:, values.cumsum(0) <= ENERGY * values.sum()]
+        k, _ = keys_and_residuals(editor, layer, data.requests, torch.zeros(4, 1))  # residuals are not asked for
+        expected = small @ small.T @ k @ k.T @ small @ small.T
+        assert relative(editor.memory[f"past_keys.{layer}"], expected) < 1e-4
+        if keep < 1 and layer == 2:
+            assert relative(solved_for.memory[f"past_keys.{layer}"], expected) > 0.1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_preserved_keys_keep_their_values(tmp_path, family):
     """Keys in the span of the large eigenvectors have the values they had, to the last digits of fp32."""

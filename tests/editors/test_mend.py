@@ -198,22 +198,43 @@ def test_training_edits_as_the_editor_does(trained):
         weights = read_checkpoint(best)["state_dict"]
         module.load_state_dict(weights, strict=False)
         module.eval()
-        loader = data(folder, limit=4)
+        loader = uneven(folder)
         loader.setup()
         requests = loader.requests
+        assert [(len(r.paraphrases), len(r.neighbours)) for r in requests] == [(1, 1), (3, 0), (0, 2), (2, 1)]
         edit, locality = module.losses(requests)
         expected = []
         for i in range(0, 4, edits):
             editor = mend(best, family)
-            fit(editor, data(folder, offset=i, limit=edits, batch_size=edits), limit_val_batches=0)
+            fit(editor, uneven(folder, offset=i, limit=edits, batch_size=edits), limit_val_batches=0)
             for request in requests[i : i + edits]:
                 prompts = [request.text, *request.paraphrases]
                 nll = [naive_nll(editor.network, editor.model.tokenizer, p, request.target_new) for p in prompts]
-                (neighbour,) = request.neighbours
-                kl = naive_kl(editor, f"{neighbour.prompt} {neighbour.answer}")
-                expected.append((sum(nll) / len(nll), kl))
+                kl = [naive_kl(editor, f"{neighbour.prompt} {neighbour.answer}") for neighbour in request.neighbours]
+                expected.append((sum(nll) / len(nll), sum(kl) / max(1, len(kl))))
         wanted = torch.tensor(expected).mean(0)
         torch.testing.assert_close(torch.stack([edit, locality]).detach(), wanted, atol=1e-5, rtol=1e-3)
+
+
+def uneven(folder, **options):
+    """Four of the requests, with other numbers of paraphrases and neighbours."""
+    others = [neighbour for record in records()[4:] for neighbour in record["neighbours"]]
+    told = ["Because of that, the city of", "I know that", "You know it. The fact is"]
+    changed = []
+    for record, (paraphrases, neighbours) in zip(records(), [(1, 1), (3, 0), (0, 2), (2, 1)], strict=False):
+        texts = [f"{text} {record['subject']}" for text in told[:paraphrases]]
+        changed.append(record | {"paraphrases": texts, "neighbours": [others.pop() for _ in range(neighbours)]})
+    path = folder / "uneven.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in changed))
+    return EditData(str(path), **options)
+
+
+def test_each_kind_of_parameter_has_its_own_learning_rate():
+    module = training(lr=1e-3, lr_lr=5e-2)
+    networks, rates = module.configure_optimizers().param_groups
+    assert (networks["lr"], rates["lr"]) == (1e-3, 5e-2)
+    assert {id(p) for p in networks["params"]} == {id(p) for p in module.hypernetwork.networks.parameters()}
+    assert [id(p) for p in rates["params"]] == [id(module.hypernetwork.log_lr)]
 
 
 def naive_nll(model, tokenizer, prompt, target):

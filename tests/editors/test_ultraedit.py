@@ -40,6 +40,9 @@ def keys_and_gradients(editor, batch):
     return (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
 
 
+EPSILON = torch.finfo(torch.float32).eps  # the published one; the gradients of a tiny model are hardly larger
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_each_layer_s_update_is_the_paper_s(tmp_path, monkeypatch, family):
     editor = ultraedit(model=tiny.model(family))
@@ -53,12 +56,14 @@ def test_each_layer_s_update_is_the_paper_s(tmp_path, monkeypatch, family):
         for (layer, update, *_), h, g in zip(updates[start : start + 2], keys, gradients, strict=True):
             seen[layer].append(torch.cat([h, g], dim=1))
             every = torch.cat(seen[layer])
-            h_hat, g_hat = ((seen[layer][-1] - every.mean(0)) / every.std(0)).split([h.shape[1], g.shape[1]], dim=1)
+            h_hat, g_hat = ((seen[layer][-1] - every.mean(0)) / (every.std(0) + EPSILON)).split(
+                [h.shape[1], g.shape[1]], dim=1
+            )
             v = -1e-3 * (h_hat**2).sum(1, keepdim=True) * g_hat
             expected = torch.linalg.inv(h.T @ h + torch.eye(h.shape[1]).double()) @ h.T @ v
-            assert relative(update.T, expected) < 1e-2  # gradients are as small as 1e-5, and the published ε is 1e-7
+            assert relative(update.T, expected) < 1e-4
             torch.testing.assert_close(
-                (h.T @ h) @ update.T + update.T, h.T @ v, rtol=1e-2, atol=1e-2 * float(v.abs().max())
+                (h.T @ h) @ update.T + update.T, h.T @ v, rtol=1e-4, atol=1e-4 * float(v.abs().max())
             )
         for layer, update, *_ in updates[start : start + 2]:
             editor.model.weight(layer).data += editor.model.oriented(layer, update).float()
