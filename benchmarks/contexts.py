@@ -1,4 +1,4 @@
-"""How much free answers depend on how a model is asked: an edited model under several instructions.
+r"""How much free answers depend on how a model is asked: an edited model under several instructions.
 
     python -m rect_lightning fit --config memit_smollm2.yaml --data.path counterfact.jsonl --data.limit 100 \
         --data.batch_size 100 --trainer.callbacks null

@@ -93,7 +93,7 @@ PUBLISHED = {
     "train_mend_gpt2xl": {"layers": [45, 46, 47], "rank": 1920, "edit_weight": 0.1, "locality_weight": 1}
     | {"edit_lr": 1e-4},
 }
-"""What the papers and the configurations of their authors say; where a file says nothing, the class's default has to."""
+"""What the source says that each file's first line names; where a file says nothing, the class's default has to."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -22,7 +22,7 @@ class PRUNE(Regulariser):
     formula would enlarge values just above s; here none is enlarged. What is no matrix is left as it is.
 
     As in the paper, this is done once, when the run ends; checkpoints and validations before that are unrestrained. Going on
-    from a run that was ended early, as by ``max_steps``, restrains once more what was restrained then, with a warning.
+    from a run that was ended, as by ``max_steps``, restrains what was restrained then once more, with a warning.
     With a ``start_step``, it is done after each step from then on: what is restrained counts on, and is restrained again while
     it exceeds s.
 

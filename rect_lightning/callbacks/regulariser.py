@@ -86,6 +86,7 @@ class Regulariser(Callback, ABC):
         self._steps: list[int] = []  # taken so far, in the order of the optimizers
         self._due: dict[Optimizer, bool] = {}  # of the steps under way, whether to regularise after them
         self._open = False  # whether there are steps that are not regularised yet
+        self._ended = False  # whether it has acted since the run ended, which it would not have done yet
         self._logs: dict[str, float] = {}
 
     @abstractmethod
@@ -106,7 +107,7 @@ class Regulariser(Callback, ABC):
         """
         if stage == "fit":
             refuse_sharded_strategy(trainer.strategy)
-            self._before, self._steps, self._open = {}, [], False
+            self._before, self._steps, self._open, self._ended = {}, [], False, False
             self._start = -1 if self.start_step is None else self.start_step
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,13 +136,6 @@ class Regulariser(Callback, ABC):
         refuse_without_optimizer(self._names, trainer.optimizers)
         if self._start < 0:
             self._start = _tenth(trainer, getattr(pl_module, "steps_per_batch", 1)) if self.scope == "run" else 0
-        taken = max(self._steps, default=0)  # by the run that is resumed
-        if self.scope == "run" and not self.repeatable and not self._open and 0 < taken <= self._start:
-            rank_zero_warn(
-                f"{type(self).__name__} acts once, when a run ends, and the run of this checkpoint was ended after {taken} "
-                f"steps: what comes now is added to what {type(self).__name__} has left, and both are regularised once more. "
-                "To interrupt a run and go on with it, kill it rather than end it by max_steps or max_epochs."
-            )
         for optimizer in trainer.optimizers:
             self._watch(optimizer)
 
@@ -163,9 +157,16 @@ class Regulariser(Callback, ABC):
     # A step ------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Forget steps that were begun and not made, as by a loss scaler."""
+        """Forget steps that were begun and not made, as by a loss scaler; tell of a run that goes on though it was ended."""
         self._due.clear()
         self._depth.clear()
+        if self._ended:
+            rank_zero_warn(
+                f"{type(self).__name__} has acted when the run of this checkpoint ended, after {max(self._steps)} optimizer "
+                "steps: what comes now is added to what it left, and regularised together with it. To interrupt a run and go "
+                "on as if it had not been, kill it rather than end it."
+            )
+            self._ended = False
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -223,6 +224,7 @@ class Regulariser(Callback, ABC):
         alone = self.scope == "run" and max(self._steps, default=0) <= self._start
         if self._open and (ending or not alone):
             self._close(self._all())
+            self._ended = alone and not self.repeatable
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -334,12 +336,19 @@ class Regulariser(Callback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The copies that changes are counted from, each optimizer's number of steps, and how many are left alone."""
-        return {"before": dict(self._before), "steps": list(self._steps), "start": self._start, "open": self._open}
+        return {
+            "before": dict(self._before),
+            "steps": list(self._steps),
+            "start": self._start,
+            "open": self._open,
+            "ended": self._ended,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""
         self._before, self._steps = dict(state_dict["before"]), list(state_dict["steps"])
         self._start, self._open = state_dict["start"], state_dict.get("open", bool(self._before))
+        self._ended = state_dict.get("ended", False)
 
 
 def check_share(regulariser: Regulariser, **options: float) -> None:

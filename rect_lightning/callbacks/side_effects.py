@@ -127,11 +127,11 @@ class SideEffects(Callback):
     def _measure(self, trainer: Trainer, editor: Any, *, edits: int) -> None:
         with torch.autocast(editor.device.type, enabled=False):
             results = [self._result(editor, task) if edits else self._of_clean(editor, task) for task in self.tasks]
-            metrics, requests = self._edit_metrics(editor) if edits else ({}, {})
+            metrics, counts = self._edit_metrics(editor) if edits else ({}, {})
         rows = [_row(edits, result, name) for result in results for name in result.scores]
         rows += [
             dict.fromkeys(COLUMNS)
-            | {"edits": edits, "task": "edits", "score": name, "value": value, "n": requests.get(name)}
+            | {"edits": edits, "task": "edits", "score": name, "value": value, "n": counts.get(name)}
             for name, value in metrics.items()
         ]
         self.rows += rows
@@ -164,7 +164,7 @@ class SideEffects(Callback):
         pairs = editor.processes.collect(requests, scores)
         metrics = EditMetrics(sync_on_compute=False)  # each process has all of them
         metrics.update([after for after, _ in pairs], [clean for _, clean in pairs])
-        return {name: float(value) for name, value in metrics.compute().items()}, metrics.requests()
+        return {name: float(value) for name, value in metrics.compute().items()}, metrics.counts()
 
     def _write(self, trainer: Trainer) -> None:
         folder = trainer.log_dir  # all processes have to ask

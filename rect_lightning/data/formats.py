@@ -5,15 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable
 from typing import Any, Literal
 
-from rect_lightning.data.request import PLACEHOLDER, EditRequest, Neighbour, RequestError
+from rect_lightning.data.request import PLACEHOLDER, EditRequest, Neighbour, RequestError, listed
 
 Format = Literal["auto", "counterfact", "zsre", "plain"]
 ZsreTarget = Literal["alt", "answer"]
-
-_LISTED = 5  # of many findings of one kind, a message lists so many
 
 # The columns that a format needs (it is recognised by them), and those that it may have.
 _COLUMNS = {
@@ -27,13 +24,6 @@ _COLUMNS = {
         ("target_true", "paraphrases", "neighbours", "generation_prompts", "relation", "id"),
     ),
 }
-
-
-def listed(findings: Iterable[str], header: str) -> str:
-    """A message with the first few findings of one kind, a line each, and the number of those left out."""
-    findings = list(findings)
-    more = [f"and {len(findings) - _LISTED} more"] if len(findings) > _LISTED else []
-    return "\n  ".join([f"{header}:", *findings[:_LISTED], *more])
 
 
 def check_columns(found: list[str], format: Format, path: str) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
-from rect_lightning.data.formats import Format, ZsreTarget, check_columns, file_fields, listed, to_request
+from rect_lightning.data.formats import Format, ZsreTarget, check_columns, file_fields, to_request
 from rect_lightning.data.records import read_records
-from rect_lightning.data.request import EditRequest, RequestError
+from rect_lightning.data.request import EditRequest, RequestError, listed
 
 
 def read_requests(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 PLACEHOLDER = "{}"
+_LISTED = 5  # of many findings of one kind, a message lists so many
 
 
 class RequestError(ValueError):
@@ -21,6 +23,13 @@ class RequestError(ValueError):
         self.problem = problem
         self.field = field
         self.where = where
+
+
+def listed(findings: Iterable[str], header: str) -> str:
+    """A message with the first few findings of one kind, a line each, and the number of those left out."""
+    findings = list(findings)
+    more = [f"and {len(findings) - _LISTED} more"] if len(findings) > _LISTED else []
+    return "\n  ".join([f"{header}:", *findings[:_LISTED], *more])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,13 +18,13 @@ class AlphaEdit(SpreadOverLayers):
     """Edits of many requests at once, in directions that hardly any key of ordinary text has, nor any edited before.
 
     Layer by layer ``ΔW = (R / layers left) Kᵀ P (K_p K_pᵀ P + K Kᵀ P + L₂ I)⁻¹``, where P projects on the eigenvectors of C
-    with small eigenvalues, and K_p are the keys of all operations before this one, as the weights were when each had made its
-    steps.
+    with small eigenvalues, and K_p are the keys of all operations before, each as the layers before it had been edited.
 
     Of K_p the sum ``P K_p K_pᵀ P`` is remembered, ``[in, in]`` a layer in float64, so an operation costs the same however
     many came before it; P takes as much memory. Checkpoints hold the sum, a failed operation leaves nothing in it, and single
     mode has no keys of the past. What a regulariser leaves of an update, such as a part of its entries, is not in the null
-    space any more.
+    space any more; and if it acts later than at each step (``scope: run``, ``every_n_steps``), it changes keys that are
+    remembered already.
 
     Args:
         threshold: Eigenvalues of C below this count as small. The published 0.02 fits models whose keys are small; there
@@ -67,7 +67,7 @@ class AlphaEdit(SpreadOverLayers):
         """The update in the null space."""
         keys = keys.to(self.projectors[layer]) @ self.projectors[layer]
         update = null_space_least_squares(residuals, keys, self.memory.get(f"past_keys.{layer}"), self.ridge)
-        if self.step_per == "layer":  # the layers before this one have made their steps
+        if self.step_per == "layer":  # the layers before this one have made theirs
             self._remember(layer, keys)
         return update
 

@@ -174,7 +174,7 @@ class EditMetrics(Metric):
         """The value of each name that has data, float64 scalars."""
         return _edit_metrics_compute(self.total, self.count)
 
-    def requests(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """How many requests each value is the mean of, in this process; the score is a mean of means and has none."""
         return {name: int(count) for name, count in zip(_NAMES, self.count, strict=True) if count > 0}
 

@@ -22,7 +22,7 @@ class Prefixes:
     count: int = 5
     """How many to sample of each length, besides the bare prompt."""
     lengths: tuple[int, ...] = (10,)
-    """Tokens to sample after the opening of a prefix, a word or two; in public code the opening counts."""
+    """Tokens to sample after the opening of a prefix, a word or two; in public code the opening counts towards it."""
     seed: int = 0
     """Seed of the sampling."""
 

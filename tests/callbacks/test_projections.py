@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from safetensors.torch import save_file
 
 from rect_lightning.callbacks import PRUNE, RECT, SPHERE, FrobeniusNorm, NullSpace
@@ -82,8 +83,26 @@ def test_prune_restrains_what_the_run_has_changed_once(optimizer, base, tmp_path
 def test_going_on_from_a_run_that_was_ended_is_told_to_restrain_twice(tmp_path):
     run = fit(Model(adamw), PRUNE(), steps=2)
     run.save_checkpoint(tmp_path / "ended.ckpt")
-    with pytest.warns(UserWarning, match="PRUNE acts once, when a run ends, and .* was ended after 2 steps"):
+    with pytest.warns(
+        UserWarning, match="PRUNE has acted when the run of this checkpoint ended, after 2 optimizer steps"
+    ):
         fit(Model(adamw), PRUNE(), steps=4, ckpt_path=tmp_path / "ended.ckpt")
+
+
+def test_a_run_that_was_killed_is_gone_on_with_in_silence(tmp_path, recwarn):
+    class SaveLast(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.is_last_batch:
+                trainer.save_checkpoint(tmp_path / "done.ckpt")
+
+    assert_same(*map(weights, fit_with_a_stop(PRUNE, tmp_path)))
+    fit(Model(adamw), PRUNE(), SaveLast(), max_epochs=1, steps=-1)
+    assert any(
+        "prune" in key.lower() and state["ended"]
+        for key, state in torch.load(tmp_path / "done.ckpt")["callbacks"].items()
+    )
+    fit(Model(adamw), PRUNE(), max_epochs=1, steps=-1, ckpt_path=tmp_path / "done.ckpt")
+    assert not [w for w in recwarn if "has acted" in str(w.message)]
 
 
 def test_prune_of_each_step():
