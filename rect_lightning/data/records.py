@@ -37,7 +37,7 @@ def read_records(
         numbered = list(enumerate(_hub_dataset(str(path), name=name, split=split), 1))
     else:
         if split is not None or name is not None:
-            raise ValueError(f"split and name are for hub data sets, but {path} is a file; leave them out")
+            raise ValueError(f"split and name are for hub data sets, but {path} is a file; set them to null")
         unit = "line"
         numbered = [(row["line"], json.loads(row["record"])) for row in _file_dataset(Path(path).expanduser())]
     if not numbered:
