@@ -65,7 +65,7 @@ class AlphaEdit(SpreadOverLayers):
 
     def solve(self, layer: int, residuals: Tensor, keys: Tensor) -> Tensor:
         """The update in the null space."""
-        keys = keys.to(self.projectors[layer]) @ self.projectors[layer]
+        keys = self._projected(layer, keys)
         update = null_space_least_squares(residuals, keys, self.memory.get(f"past_keys.{layer}"), self.ridge)
         if self.step_per == "layer":  # the layers before this one have made theirs
             self._remember(layer, keys)
@@ -79,7 +79,10 @@ class AlphaEdit(SpreadOverLayers):
         if self.step_per == "operation" and self.mode == "sequential":
             for layer in self.layers:
                 keys, _ = self.request_keys(layer, requests)
-                self._remember(layer, keys.to(self.projectors[layer]) @ self.projectors[layer])
+                self._remember(layer, self._projected(layer, keys))
+
+    def _projected(self, layer: int, keys: Tensor) -> Tensor:
+        return keys.to(self.projectors[layer]) @ self.projectors[layer]
 
     def _remember(self, layer: int, keys: Tensor) -> None:
         name = f"past_keys.{layer}"
